@@ -6,15 +6,15 @@
 __all__ = ['READERS', 'HUB', 'DOCS', 'STREAM_ABOVE', 'BOS', 'DTYPES', 'HOOKS', 'split_text', 'check_text', 'read_txt',
            'read_jsonl', 'read_parquet', 'text_files', 'read_documents', 'text_rank', 'by_rank', 'split_documents',
            'Corpus', 'Stream', 'open_files', 'join_articles', 'load_hub', 'hub_texts', 'open_hub', 'looks_like_path',
-           'open_local', 'open_dataset', 'open_text', 'special_ids', 'Encoder', 'tokenizer_state', 'pack', 'tokenised',
-           'is_causal', 'as_dtype', 'quiet_loading', 'load_pretrained', 'load_tokenizer', 'find_blocks', 'hooked',
-           'Captured', 'run_model', 'residual', 'TextSource']
+           'open_local', 'open_dataset', 'open_text', 'special_ids', 'Encoder', 'tokenizer_state', 'pack', 'is_causal',
+           'as_dtype', 'quiet_loading', 'load_pretrained', 'load_tokenizer', 'find_blocks', 'hooked', 'Captured',
+           'run_model', 'residual', 'TextSource']
 
-# %% ../../nbs/activations/20_text.ipynb #63654a82
-import json, re
+# %% ../../nbs/activations/20_text.ipynb #e99d867e
+import inspect, json, re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 import numpy as np
@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import chunked, patch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from .source import Source, cut, default_device, did_you_mean, digest, epoch_block, generator, positive, register_source
+from .source import Source, cut, default_device, did_you_mean, digest, generator, positive, register_source, shuffled
 
 # %% ../../nbs/activations/20_text.ipynb #1af9e446
 def split_text(text: str, min_chars: int = 2000) -> Iterator[str]:
@@ -99,26 +98,27 @@ def split_documents(texts: list[str], share: float) -> tuple[list[str], list[str
     n = min(sum(b < share * before[-1] for b in before), len(texts) - 1)
     return texts[n:], texts[:n]
 
-# %% ../../nbs/activations/20_text.ipynb #56d581c2
+# %% ../../nbs/activations/20_text.ipynb #2422a7b9
 class Corpus:
-    "Documents in memory. Training documents that are also held out are dropped."
-    streamed = False
-    def __init__(self, name: str, train: Iterable[str], heldout: float | Iterable[str] = .04):
-        train = by_rank(train)
-        if isinstance(heldout, (int, float)): train, heldout = split_documents(train, heldout)
+    "Documents in memory: `documents` to train on and `held` out. `heldout` is a share of `texts` or other documents."
+    def __init__(self, name: str, texts: Iterable[str], heldout: float | Iterable[str] = .04):
+        texts = by_rank(texts)
+        if isinstance(heldout, (int, float)): texts, heldout = split_documents(texts, heldout)
         self.name, self.held = name, by_rank(heldout)
-        held = set(self.held)
-        self.train = [t for t in train if t not in held]
+        self.documents = [t for t in texts if t not in set(self.held)] if set(texts) & set(self.held) else texts
+
+    def train(self, key: tuple, skip: int = 0) -> Iterator[tuple[int, str]]:
+        order = shuffled(len(self.documents), "documents", *key)
+        return ((i, self.documents[order[i]]) for i in range(skip, len(order)))
 
     def heldout(self) -> Iterator[str]: return iter(self.held)
 
     @cached_property
-    def fingerprint(self) -> dict: return dict(dataset=self.name, train=digest(self.train), heldout=digest(self.held))
+    def fingerprint(self) -> dict: return dict(dataset=self.name, train=digest(self.documents), heldout=digest(self.held))
 
-# %% ../../nbs/activations/20_text.ipynb #a25e3aa8
+# %% ../../nbs/activations/20_text.ipynb #3c376b80
 class Stream:
-    "Documents read in order. `start(key)` opens them from the first; held out are those of `heldout_start`, or `share` of all by rank."
-    streamed = True
+    "Documents read in order: `start(key, skip)` opens them. Held out are those of `heldout_start`, else the `share` of lowest rank."
     def __init__(self, name: str, start: Callable, fingerprint: dict, share: float = .02, heldout_start: Callable | None = None):
         if not 0 < share < 1: raise ValueError(f"heldout is a share between 0 and 1, or the data to hold out; got {share!r}.")
         self.name, self.start, self.share, self.heldout_start = name, start, 0. if heldout_start else share, heldout_start
@@ -190,31 +190,31 @@ def looks_like_path(s: str) -> bool:
     "True for strings that can only be meant as a path: './x', '~/x', 'a/b/c', 'x.txt'."
     return s.startswith((".", "/", "~")) or s.count("/") > 1 or "\\" in s or Path(s).suffix in READERS
 
-# %% ../../nbs/activations/20_text.ipynb #55052265
-def open_local(path: Path, heldout=None, column: str = "text", streaming: bool | None = None) -> Corpus | Stream:
+# %% ../../nbs/activations/20_text.ipynb #f633ec36
+def open_local(path: Path, heldout: float | str | Path | None = None, column: str = "text", streaming: bool | None = None) -> Corpus | Stream:
     "Documents of a local file or folder; `heldout` is a share or another path."
     files, apart = text_files(path), isinstance(heldout, (str, Path))
     held_files = text_files(Path(heldout).expanduser()) if apart else []
     if streaming is None: streaming = sum(f.stat().st_size for f in files) > STREAM_ABOVE
-    if not streaming: return Corpus(path.name, read_documents(files, column), list(read_documents(held_files, column)) if apart else heldout or .04)
+    if not streaming: return Corpus(path.name, read_documents(files, column), list(read_documents(held_files, column)) if apart else .04 if heldout is None else heldout)
     what = dict(dataset=path.name, files=digest([[f.name, f.stat().st_size] for f in files + held_files]), column=column)
-    return Stream(path.name, open_files(files, column), what, .02 if apart or not heldout else heldout, open_files(held_files, column) if apart else None)
+    return Stream(path.name, open_files(files, column), what, .02 if apart or heldout is None else heldout, open_files(held_files, column) if apart else None)
 
-# %% ../../nbs/activations/20_text.ipynb #bb68e456
-def open_dataset(name: str, heldout=None, column: str = "text", config: str | None = None, split: str = "train", buffer: int = 1000) -> Stream:
+# %% ../../nbs/activations/20_text.ipynb #eb07719f
+def open_dataset(name: str, heldout: float | str | Path | None = None, column: str = "text", config: str | None = None, split: str = "train", buffer: int = 1000) -> Stream:
     "A streamed hub data set; `heldout` is a share, the name of a split, or a local path."
-    o = dict(dict(path=name, config=config, heldout=None, articles=False), **HUB.get(name, {}))
-    held = heldout or o["heldout"]
-    what = dict(dataset=o["path"], config=config or o["config"], split=split, heldout=str(held), column=column, buffer=buffer)
-    open_split = lambda s: open_hub(o["path"], config or o["config"], s, column, buffer, o["articles"])
+    o = dict(path=name, config=config, heldout=None, articles=False) | HUB.get(name, {})
+    config, held = config or o["config"], o["heldout"] if heldout is None else heldout
+    def opener(split): return open_hub(o["path"], config, split, column, buffer, o["articles"])
+    what = dict(dataset=o["path"], config=config, split=split, heldout=None if held is None else str(held), column=column, buffer=buffer)
     if isinstance(held, Path) or isinstance(held, str) and looks_like_path(held): held_start = open_files(text_files(Path(held).expanduser()), column)
-    else: held_start = open_split(held) if isinstance(held, str) else None
-    return Stream(name, open_split(split), what, held if isinstance(held, float) else .02, held_start)
+    else: held_start = opener(held) if isinstance(held, str) else None
+    return Stream(name, opener(split), what, held if isinstance(held, (int, float)) else .02, held_start)
 
-# %% ../../nbs/activations/20_text.ipynb #b659236a
+# %% ../../nbs/activations/20_text.ipynb #609f8499
 def open_text(dataset, heldout=None, column: str = "text", config: str | None = None, split: str = "train", streaming: bool | None = None, buffer: int = 1000) -> Corpus | Stream:
     "The documents that `dataset` names: embedded corpus, list of strings, local path, or hub data set."
-    if isinstance(dataset, (list, tuple)): return Corpus("texts", dataset, heldout or .04)
+    if isinstance(dataset, (list, tuple)): return Corpus("texts", dataset, .04 if heldout is None else heldout)
     if isinstance(dataset, str) and dataset in DOCS:
         from sparsemax_sae.activations.corpus import docs_corpus
         return Corpus(dataset, docs_corpus("train"), docs_corpus("heldout" if dataset == "docs" else "reference"))
@@ -276,17 +276,6 @@ def sequences(self: Encoder, docs: Iterable[tuple[int, str]], seq_len: int, n: i
     encoded = ((i, t, i + 1) for chunk in chunked(docs, 64) for (i, _), t in zip(chunk, self([text for _, text in chunk])))
     first = self.begin if self.bos == "sequence" else None
     for tokens, doc, token in cut(encoded, n * (seq_len - (first is not None)), token): yield pack(tokens, seq_len, first), doc, token
-
-# %% ../../nbs/activations/20_text.ipynb #b0db0899
-@lru_cache(maxsize=4)
-def tokenised(texts: tuple[str, ...], encoder: Encoder, max_tokens: int | None = None) -> Tensor:
-    "All tokens of `texts`, (T,) int32, or the first `max_tokens`. Shows progress if it takes longer than a few seconds."
-    parts, have = [], 0
-    for chunk in tqdm(list(chunked(texts, 256)), desc="tokenising", delay=5, leave=False):
-        parts += [t.int() for t in encoder(chunk)]
-        have = sum(map(len, parts[-len(chunk):])) + have
-        if max_tokens and have >= max_tokens: break
-    return torch.cat(parts)[:max_tokens] if parts else torch.zeros(0, dtype=torch.int32)
 
 # %% ../../nbs/activations/20_text.ipynb #da244224
 def is_causal(config) -> bool:
@@ -354,12 +343,13 @@ def hooked(block: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]):
     try: yield
     finally: handle.remove()
 
-# %% ../../nbs/activations/20_text.ipynb #9ae39df2
+# %% ../../nbs/activations/20_text.ipynb #1a4cad47
 class Captured(Exception): "The activations are there; the rest of the forward pass is not needed."
 
 def run_model(model: nn.Module, tokens: Tensor):
     "Forward pass over tokens (B, T) without padding, cache or gradients."
-    with torch.no_grad(): return model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    cache = dict(use_cache=False) if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad(): return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **cache)
 
 def residual(model: nn.Module, block: nn.Module, hook: str, tokens: Tensor) -> Tensor:
     "The residual stream (B, T, d) at the hook; blocks after it do not run."
@@ -372,7 +362,7 @@ def residual(model: nn.Module, block: nn.Module, hook: str, tokens: Tensor) -> T
     except Captured: pass
     return seen[0]
 
-# %% ../../nbs/activations/20_text.ipynb #7da8295c
+# %% ../../nbs/activations/20_text.ipynb #5ab5c765
 HOOKS = ("pre", "post")
 
 @register_source
@@ -381,6 +371,7 @@ class TextSource(Source):
 
     ValueError for an unknown hook, layer, `bos`, dtype, or a `seq_len` beyond the model's positions; FileNotFoundError or OSError for data or models that are not there."""
     datasets = DOCS | {k: f"{v['path']} on the Hugging Face hub, streamed" for k, v in HUB.items()}
+    origin = dict(epoch=0, doc=0, token=0)
     forms = "text: a list of strings, the path of a .txt, .jsonl or .parquet file or of a folder of them, or a hub name such as 'org/name'"
     def __init__(self,
         dataset="docs", # see `datasets` and `forms`
@@ -396,23 +387,20 @@ class TextSource(Source):
         split: str = "train", # training split of a hub data set
         streaming: bool | None = None, # read local files in order instead of all at once; None: if larger than 1 GiB
         buffer: int = 1000, # documents in the shuffle buffer of a hub data set
-        max_tokens: int | None = None, # train on this many tokens of a corpus in memory
         tokenizer=None, # name, path or tokenizer; None: the model's own
         dtype: str | torch.dtype | None = None, # of the model; None: float32, or as it is for a loaded model
         device=None, # None: CUDA where there is one
-        block_size: int = 128, # sequences that are shuffled together
+        block_size: int = 256, # sequences that are shuffled together
         model_batch: int = 32, # sequences per forward pass
     ):
-        positive(seq_len=seq_len, block_size=block_size, model_batch=model_batch, **(dict(max_tokens=max_tokens) if max_tokens is not None else {}))
-        self.device, self.seq_len, self.skip_first, self.max_tokens = default_device(device), seq_len, skip_first, max_tokens
-        self.block_size, self.model_batch = block_size, model_batch
+        positive(seq_len=seq_len, block_size=block_size, model_batch=model_batch)
+        self.device, self.seq_len, self.skip_first, self.block_size, self.model_batch = default_device(device), seq_len, skip_first, block_size, model_batch
         self.data = open_text(dataset, heldout, text_column, config, split, streaming, buffer)
         self.set_model(model, tokenizer, dtype)
         self.set_hook(layer, hook)
         self.check_seq_len()
         self.encoder = Encoder(self.tokenizer, bos, self.config.vocab_size)
         self.name = f"{self.model_name}/{self.data.name}/blocks.{self.layer}.{hook}"
-        self.origin = dict(epoch=0, doc=0, token=0) if self.data.streamed else dict(epoch=0, block=0)
 
     @classmethod
     def accepts(cls, dataset, model=None) -> int:
@@ -420,10 +408,10 @@ class TextSource(Source):
         if not isinstance(dataset, (str, Path)): return 0
         if str(dataset) in cls.datasets: return 3
         path = Path(dataset).expanduser()
-        if path.suffix in READERS or path.is_dir() and any(f.suffix in READERS for f in path.rglob("*")): return 2
+        if path.suffix in READERS or path.is_dir() and any(f.suffix in READERS for f in islice(path.rglob("*"), 10_000)): return 2
         return int(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(dataset))) and not path.exists() and path.suffix not in (".npy", ".safetensors"))
 
-# %% ../../nbs/activations/20_text.ipynb #26daa34d
+# %% ../../nbs/activations/20_text.ipynb #75311787
 @patch
 def set_model(self: TextSource, model, tokenizer, dtype) -> None:
     "Load model and tokenizer, freeze the model, and note what it is."
@@ -436,7 +424,7 @@ def set_model(self: TextSource, model, tokenizer, dtype) -> None:
     else: self.model, self.model_name = load_pretrained(model, as_dtype(dtype or "float32")), Path(model).name
     self.model = self.model.to(self.device).eval().requires_grad_(False)
     self.config = self.model.config.get_text_config()
-    self.config.use_cache, self.d_in, self.has_model = False, self.config.hidden_size, is_causal(self.config)
+    self.d_in, self.has_model = self.config.hidden_size, is_causal(self.config)
     tokenizer = model if tokenizer is None else tokenizer
     self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
 
@@ -460,7 +448,7 @@ def check_seq_len(self: TextSource) -> None:
     if isinstance(self.skip_first, bool) or not isinstance(self.skip_first, int) or not 0 <= self.skip_first < self.seq_len:
         raise ValueError(f"skip_first is a number of positions, 0 ≤ skip_first < seq_len = {self.seq_len}; got {self.skip_first!r}.")
 
-# %% ../../nbs/activations/20_text.ipynb #685b2789
+# %% ../../nbs/activations/20_text.ipynb #8aadabf6
 @patch
 def weights_digest(self: TextSource) -> str:
     "A hash of the model's configuration and weights, computed once."
@@ -472,8 +460,7 @@ def weights_digest(self: TextSource) -> str:
 @patch
 def fingerprint(self: TextSource) -> dict:
     return dict(source="text", model=f"{self.model_name}:{self.weights_digest()}", tokenizer=digest(tokenizer_state(self.tokenizer)),
-                data=dict(self.data.fingerprint, **(dict(max_tokens=self.max_tokens) if self.max_tokens else {})),
-                hook=f"blocks.{self.layer}.{self.hook}", seq_len=self.seq_len, bos=self.encoder.bos, skip_first=self.skip_first,
+                data=self.data.fingerprint, hook=f"blocks.{self.layer}.{self.hook}", seq_len=self.seq_len, bos=self.encoder.bos, skip_first=self.skip_first,
                 dtype=str(self.model.dtype).removeprefix("torch."), d_in=self.d_in)
 
 # %% ../../nbs/activations/20_text.ipynb #2b145261
@@ -483,41 +470,23 @@ def activations(self: TextSource, tokens: Tensor) -> Tensor:
     parts = [residual(self.model, self.hook_block, self.hook, t.long().to(self.device)) for t in tokens.split(self.model_batch)]
     return torch.cat(parts)[:, self.skip_first:].float()
 
-# %% ../../nbs/activations/20_text.ipynb #200eb278
+# %% ../../nbs/activations/20_text.ipynb #95cf4522
 @patch
-def train_sequences(self: TextSource) -> Tensor:
-    "All training sequences (n, seq_len) of a corpus in memory; ValueError if there is not one."
-    flat = tokenised(tuple(self.data.train), self.encoder, self.max_tokens)
-    seqs = pack(flat, self.seq_len, self.encoder.begin if self.encoder.bos == "sequence" else None)
-    if not len(seqs): raise ValueError(f"the training text of {self.data.name!r} has {len(flat)} tokens, fewer than one sequence of {self.seq_len}.")
-    return seqs
-
-@patch
-def corpus_blocks(self: TextSource, seed: int, at: dict) -> Iterator[tuple[dict, Tensor, dict]]:
-    "Blocks of sequences of a corpus in memory, from `at` = {epoch, block} on."
-    seqs = self.train_sequences()
+def token_blocks(self: TextSource, seed: int, at: dict) -> Iterator[tuple[dict, Tensor, dict]]:
+    "Blocks of sequences from `at` = {epoch, doc, token} on: (position, tokens (≤ block_size, seq_len), following position)."
     while True:
-        items, following = epoch_block(len(seqs), self.block_size, at, "text", seed)
-        yield at, seqs[items], following
-        at = following
-
-# %% ../../nbs/activations/20_text.ipynb #916d6779
-@patch
-def stream_blocks(self: TextSource, seed: int, at: dict) -> Iterator[tuple[dict, Tensor, dict]]:
-    "Blocks of sequences of streamed text, from `at` = {epoch, doc, token} on."
-    while True:
-        begin, docs, found = at, self.data.train((seed, at["epoch"]), at["doc"]), False
-        for tokens, doc, token in self.encoder.sequences(docs, self.seq_len, self.block_size, at["token"]):
-            following = dict(epoch=at["epoch"], doc=doc, token=token) if doc is not None else dict(epoch=at["epoch"]+1, doc=0, token=0)
+        epoch, found = at["epoch"], at["doc"] + at["token"] > 0
+        end = dict(epoch=epoch + 1, doc=0, token=0)
+        for tokens, doc, token in self.encoder.sequences(self.data.train((seed, epoch), at["doc"]), self.seq_len, self.block_size, at["token"]):
+            following = end if doc is None else dict(epoch=epoch, doc=doc, token=token)
             if len(tokens): found = True; yield at, tokens, following
             at = following
-        if not found and begin["doc"] == begin["token"] == 0: raise ValueError(f"the training text of {self.data.name!r} has fewer tokens than one sequence of {self.seq_len}.")
-        if at["epoch"] == begin["epoch"]: at = dict(epoch=at["epoch"]+1, doc=0, token=0)
+        if not found: raise ValueError(f"the training text of {self.data.name!r} has fewer tokens than one sequence of {self.seq_len}.")
+        at = end
 
 @patch
 def blocks(self: TextSource, seed: int, at: dict) -> Iterator[tuple[dict, Tensor, dict]]:
-    token_blocks = self.stream_blocks if self.data.streamed else self.corpus_blocks
-    for at, tokens, following in token_blocks(seed, at):
+    for at, tokens, following in self.token_blocks(seed, at):
         x = self.activations(tokens).flatten(0, 1)
         order = torch.randperm(len(x), generator=generator("shuffle", seed, at))
         yield at, x[order.to(x.device)], following

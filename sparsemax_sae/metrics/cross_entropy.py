@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['splice', 'check_causal_lm', 'loss_sums', 'cross_entropies', 'CrossEntropy']
 
-# %% ../../nbs/metrics/10_cross_entropy.ipynb #31aa53fd
+# %% ../../nbs/metrics/10_cross_entropy.ipynb #ff5c642f
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from .reconstruction import Metric, NotApplicable, evaluating, register_metric
+from .reconstruction import Metric, NotApplicable, evaluating, ratio, register_metric
 
 # %% ../../nbs/metrics/10_cross_entropy.ipynb #c4840ee0
 def splice(sae) -> Callable[[Tensor], Tensor]:
@@ -31,7 +31,7 @@ def loss_sums(sae, source, tokens: Tensor) -> Tensor:
     zero = source.token_losses(tokens, edit=torch.zeros_like).double()
     return torch.stack([torch.ones_like(original), original, original - spliced, original - zero]).flatten(1).sum(1).cpu()
 
-# %% ../../nbs/metrics/10_cross_entropy.ipynb #07eec00a
+# %% ../../nbs/metrics/10_cross_entropy.ipynb #2544bd58
 def cross_entropies(sae, source, n_sequences: int = 64, batch_size: int = 16) -> dict[str, float]:
     """Cross-entropy of the model of `source` alone and with `sae` spliced in, on `n_sequences` held-out sequences, in nats per token.
 
@@ -46,7 +46,7 @@ def cross_entropies(sae, source, n_sequences: int = 64, batch_size: int = 16) ->
     if not sums[0]: raise NotApplicable(f"{source.name!r} has no held-out sequences; ask for at least one (n_sequences={n_sequences}).")
     original, degradation, gap = (sums[1:] / sums[0]).tolist()
     return dict(ce_original=original, ce_spliced=original - degradation, ce_zero=original - gap, ce_degradation=degradation,
-                ce_recovered=1 - degradation/gap if gap else float("nan"))
+                ce_recovered=1 - ratio(degradation, gap))
 
 # %% ../../nbs/metrics/10_cross_entropy.ipynb #1994c730
 @register_metric

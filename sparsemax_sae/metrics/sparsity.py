@@ -6,11 +6,11 @@
 __all__ = ['quantile', 'Sparsity', 'density', 'l0_values', 'decoder_orthogonality', 'DecoderOrthogonality', 'hsic', 'neighbours',
            'take_rows', 'cat_codes', 'gram', 'cknna', 'TokenSample', 'CKNNA']
 
-# %% ../../nbs/metrics/20_sparsity.ipynb #dbe466d0
+# %% ../../nbs/metrics/20_sparsity.ipynb #072a979e
 import numpy as np
 import torch
 from torch import Tensor
-from .reconstruction import Metric, NotApplicable, register_metric
+from .reconstruction import Metric, NotApplicable, ratio, register_metric
 from ..ops.codes import Codes, Pattern, counts_to_offsets
 
 # %% ../../nbs/metrics/20_sparsity.ipynb #b1aacf8d
@@ -19,7 +19,7 @@ def quantile(hist: Tensor, q: float) -> int:
     total = hist.cumsum(0)
     return int(torch.searchsorted(total, max(1, int(np.ceil(q * total[-1].item() - 1e-9)))))
 
-# %% ../../nbs/metrics/20_sparsity.ipynb #4e41b232
+# %% ../../nbs/metrics/20_sparsity.ipynb #ab20dfee
 @register_metric
 class Sparsity(Metric):
     """Distribution of L0 over tokens, and how often each concept fires.
@@ -45,7 +45,7 @@ class Sparsity(Metric):
         mean, m = (k * share).sum().item(), len(self.fires)
         std = ((k - mean).square() * share).sum().sqrt().item()
         p05, median, p95 = (float(quantile(self.hist, q)) for q in (.05, .5, .95))
-        return dict(l0=mean, l0_std=std, l0_p05=p05, l0_median=median, l0_p95=p95, zero_fraction=1 - mean/m if m else float("nan"),
+        return dict(l0=mean, l0_std=std, l0_p05=p05, l0_median=median, l0_p95=p95, zero_fraction=1 - ratio(mean, m),
                     dead_fraction=(self.fires == 0).double().mean().item())
 
 # %% ../../nbs/metrics/20_sparsity.ipynb #dbb3f1c1

@@ -101,7 +101,7 @@ def check_scores(scores: Tensor, dim: int):
     if not scores.is_floating_point(): raise ValueError(f"scores are {scores.dtype}; a floating point tensor is needed: call .float() first.")
     if not scores.shape[dim]: raise ValueError(f"dimension {dim} of scores of shape {tuple(scores.shape)} is empty; a distribution needs at least one entry.")
 
-# %% ../../nbs/ops/00_sparsemax.ipynb #bbcdfec2
+# %% ../../nbs/ops/00_sparsemax.ipynb #c5543898
 def project_rows(function: Callable, step: Callable, scores: Tensor, dim: int, scale: float = 1.) -> Tensor:
     "Screen `scores` along `dim` with `step` and `scale`, and apply `function(s, m, t)` to what is left; the result is float32 or better."
     check_scores(scores, dim)
@@ -110,7 +110,7 @@ def project_rows(function: Callable, step: Callable, scores: Tensor, dim: int, s
         rows = s.reshape(-1, s.shape[-1])
         at, m, t = screen(rows, step, scale)
         p = function(groups(rows).gather(2, at).flatten(1), m, t).view_as(at)
-        s = torch.zeros_like(groups(rows)).scatter(2, at, p).view_as(s)
+        s = torch.zeros_like(groups(rows)).scatter_(2, at, p).view_as(s)
     return s.movedim(-1, dim)
 
 # %% ../../nbs/ops/00_sparsemax.ipynb #b0a6eae4

@@ -198,7 +198,7 @@ def reconstruction_loss(u: Tensor, u_hat: Tensor, norm: Tensor, loss: str) -> Te
     if loss == "release": e = 10 * norm * e
     return e.sum() / max(1, e.numel())
 
-# %% ../../nbs/saes/00_base.ipynb #c7510966
+# %% ../../nbs/saes/00_base.ipynb #32a207db
 class SAE(nn.Module):
     """A sparse autoencoder: `scorer` → `sparsifier` → `dictionary`, with an optional auxiliary loss `aux` for dead latents.
 
@@ -213,6 +213,10 @@ class SAE(nn.Module):
         self.dictionary, self.aux = make(DICTIONARIES, "dictionary"), make(AUXILIARIES, "aux")
         self.normalize, self.loss_name, self.pre_bias = config["normalize"], config["loss"], config["pre_bias"]
         self.dictionary.share(self.scorer) if hasattr(self.dictionary, "share") else self.scorer.tie(self.dictionary.weight())
+
+    def __repr__(self) -> str:
+        parts = " → ".join(self.config[k]["name"] for k in ("scorer", "sparsifier", "dictionary"))
+        return f"SAE({self.config['arch']}: d_in={self.d_in}, d_sae={self.d_sae}, {parts}, {sum(p.numel() for p in self.parameters()):,} parameters)"
 
     @property
     def W_dec(self) -> Tensor:

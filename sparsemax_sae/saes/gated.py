@@ -30,13 +30,13 @@ class Gated(Sparsifier):
 
     def select(self, s: Tensor) -> Pattern: return pattern_of(self.gate(s, None) > 0)
 
-# %% ../../nbs/saes/gated.ipynb #c9f20034
+# %% ../../nbs/saes/gated.ipynb #de19ca2a
 @patch
 def losses(self: Gated, enc: Encoding, x: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
     pi = self.gate(enc.active, enc.pattern).relu()
     gates = Codes.from_dense(pi) if enc.pattern is None else enc.codes.with_values(pi)
     x_gate = dictionary(gates, frozen=True)
-    return dict(l1=self.l1 * l1(gates, dictionary.norms()), gate=reconstruction_loss(x, x_gate, 1, "mse"))
+    return dict(l1_penalty=self.l1 * l1(gates, dictionary.norms()), gate=reconstruction_loss(x, x_gate, 1, "mse"))
 
 # %% ../../nbs/saes/gated.ipynb #ccd5a052
 recipe("gated", "linear", "gated", "unit", pre_bias=True, enc_bias=False, training=dict(betas=(0., .999)), source="Rajamanoharan et al. 2024, arXiv 2404.16014")

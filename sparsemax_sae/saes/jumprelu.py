@@ -41,7 +41,7 @@ class _Jump(torch.autograd.Function):
         a, theta = ctx.saved_tensors
         return g * (a > theta), -g * theta * rectangle(a, theta, ctx.eps) / ctx.eps, None
 
-# %% ../../nbs/saes/jumprelu.ipynb #9f511699
+# %% ../../nbs/saes/jumprelu.ipynb #053fc3a1
 @register(SPARSIFIERS, "jumprelu")
 class JumpReLU(Sparsifier):
     "z = s·1[s > θ] with the penalty `l0`·‖z‖₀ (arXiv 2407.14435). θ (d_sae,) starts at `theta`; `eps` is the kernel width."
@@ -56,7 +56,7 @@ class JumpReLU(Sparsifier):
         return pattern_of(s > self.log_theta.exp() - (self.eps/2 if self.training else 0))
     def losses(self, enc: Encoding, x: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
         active = _Step.apply(enc.active, self._theta(enc.active, enc.pattern), self.eps)
-        return dict(l0=self.l0 * active.sum() / max(1, len(enc.codes)))
+        return dict(l0_penalty=self.l0 * active.sum() / max(1, len(enc.codes)))
 
 # %% ../../nbs/saes/jumprelu.ipynb #0d1a7c03
 recipe("jumprelu", "linear", "jumprelu", "unit", pre_bias=True, training=dict(betas=(0., .999)), source="Rajamanoharan et al. 2024, arXiv 2407.14435")

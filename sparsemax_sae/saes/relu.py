@@ -17,7 +17,7 @@ def l1(codes: Codes, norms: Tensor | None) -> Tensor:
     w = torch.ones(codes.d_sae, device=codes.device, dtype=codes.dtype) if norms is None else norms
     return (codes @ w[:, None]).sum() / max(1, len(codes))
 
-# %% ../../nbs/saes/relu.ipynb #8eedadbb
+# %% ../../nbs/saes/relu.ipynb #a019b4e8
 @register(SPARSIFIERS, "relu")
 class ReLU(Sparsifier):
     "z = max(s, 0), with the penalty `l1` · mean_i Σ_j |z_ij|·‖w_j‖ (arXiv 2309.08600)."
@@ -27,7 +27,7 @@ class ReLU(Sparsifier):
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor: return a.relu()
     def select(self, s: Tensor) -> Pattern: return pattern_of(s > 0)
     def losses(self, enc: Encoding, x: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
-        return dict(l1=self.l1 * l1(enc.codes, dictionary.norms())) if self.l1 else {}
+        return dict(l1_penalty=self.l1 * l1(enc.codes, dictionary.norms())) if self.l1 else {}
 
 # %% ../../nbs/saes/relu.ipynb #3baf067d
 recipe("relu", "linear", "relu", "unit", pre_bias=True, source="Cunningham et al. 2023, arXiv 2309.08600; Bricken et al. 2023")

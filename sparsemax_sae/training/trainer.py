@@ -6,8 +6,8 @@
 __all__ = ['run_device', 'run_source', 'run_sae', 'learning_rate', 'make_optimizer', 'train_step', 'log_line', 'Run', 'open_run',
            'noted_interrupt', 'Trainer', 'train']
 
-# %% ../../nbs/training/10_trainer.ipynb #e059b218
-import json, signal, time
+# %% ../../nbs/training/10_trainer.ipynb #08093dd5
+import json, os, signal, time
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -77,7 +77,7 @@ def log_line(step: int, out: SAEOutput, sae: SAE, lr: float, samples_per_s: floa
     return dict(step=step, loss=out.loss.item(), **{k: v.item() for k, v in out.parts.items()}, l0=l0.mean().item(), l0_std=l0.std(correction=0).item(),
                 dead_fraction=sae.aux.dead_fraction(), lr=lr, samples_per_s=round(samples_per_s, 1))
 
-# %% ../../nbs/training/10_trainer.ipynb #aafdba27
+# %% ../../nbs/training/10_trainer.ipynb #a73b843a
 class Run:
     "A run directory: `config`, `manifest`, `log`, `sae`, `metrics`."
     def __init__(self, path: str | Path): self.path = Path(path)
@@ -90,10 +90,14 @@ class Run:
     def finished(self) -> bool: return (self.path/"manifest.json").exists() and self.manifest["status"] == "finished"
     def log(self) -> pd.DataFrame:
         "The training log, one row per logged step."
-        return pd.DataFrame(read_log(self.path/"log.jsonl")).set_index("step", drop=False)
+        return pd.DataFrame(read_log(self.path/"log.jsonl"))
     def sae(self, device: str = "cpu") -> SAE:
         "The trained SAE, in eval mode."
         return SAE.from_pretrained(self.path/"sae", device)
+    def usage(self) -> str:
+        "How to load the SAE, to copy and paste."
+        folder = Path(os.path.relpath(self.path))/"sae"
+        return f'from sparsemax_sae import SAE\n\nsae = SAE.from_pretrained("{folder.as_posix()}")\nx_hat, codes = sae.reconstruct(x)   # x: (..., d_in) activations'
     def save_metrics(self, metrics: dict): write_json(self.path/"metrics.json", metrics)
     def metrics(self) -> dict: return read_json(self.path/"metrics.json")
 
