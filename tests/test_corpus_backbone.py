@@ -213,7 +213,7 @@ def test_beats_the_pair_table(shipped):
     train = pack(docs_corpus("train"), words, 256)
     for split in ("heldout", "reference"):
         rows = spread(pack(docs_corpus(split), words, 256), 24)
-        assert evaluate_cross_entropy(model, rows) < .85*baselines(train, rows, len(words))["bigram"], split
+        assert evaluate_cross_entropy(model, rows) < baselines(train, rows, len(words))["bigram"] - .6, split
 
 def test_uses_its_whole_context(shipped):
     model, words = shipped
@@ -230,7 +230,7 @@ def test_record_is_complete(path, shipped):
     assert set(record["corpus"]) == set(SPLITS) and record["recipe"]["training"].keys() >= {"steps", "batch_size", "lr", "seed"}
     for split in ("heldout", "reference"):
         ce = record["cross_entropy"][split]
-        assert ce["model"] < .85*ce["bigram"] < ce["bigram"] < ce["unigram"] < ce["uniform"]
+        assert ce["model"] < ce["bigram"] - .6 < ce["bigram"] < ce["unigram"] < ce["uniform"]
     assert record["loss"][-1] < record["loss"][0] - 3
 
 def test_generation_is_reproducible_and_bounded(shipped):

@@ -498,6 +498,15 @@ def test_trivial_predictors():
     with pytest.raises(ValueError, match="d_in"): MeanPredictor(x)
 
 
+@pytest.mark.cuda
+def test_gpu_gives_the_same_numbers():
+    sae, source = make_sae("topk", 8, 32), make_source(torch.randn(2000, 8), heldout=.2, device="cpu")
+    a = metrics_table(sae, source, n=400, metrics=["reconstruction", "sparsity", "cknna", "do"])
+    source.device = torch.device("cuda")
+    b = metrics_table(sae.cuda(), source, n=400, metrics=["reconstruction", "sparsity", "cknna", "do"])
+    pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_watch_hands_over_the_metric():
     m, sae = Sparsity(), TinySAE()
     assert watch({"sae": sae}, [torch.randn(10, 8), torch.randn(2, 3, 8)], {"sae": [m]}) == 16 and len(l0_values(m)) == 16 and density(m).shape == (20,)

@@ -19,12 +19,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../../nbs/activations/00_source.ipynb #6f1466f1
+# %% ../../nbs/activations/00_source.ipynb #d5abeba3
 def digest(*parts) -> str:
     "16 hexadecimal digits that depend on `parts` alone: tensors, bytes, and whatever JSON can write."
     h = hashlib.blake2b(digest_size=8)
     for p in parts:
-        if isinstance(p, Tensor): h.update(f"{p.dtype}{tuple(p.shape)}".encode()); p = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if isinstance(p, Tensor):
+            h.update(f"{p.dtype}{tuple(p.shape)}".encode())
+            p = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         elif not isinstance(p, bytes): p = json.dumps(p, sort_keys=True).encode()
         h.update(len(p).to_bytes(8, "little")); h.update(p)
     return h.hexdigest()
@@ -40,14 +42,14 @@ def shuffled(n: int, *key) -> Tensor:
     "A permutation (n,) of 0…n-1 that is a pure function of `key`."
     return torch.randperm(n, generator=generator("shuffled", *key))
 
-# %% ../../nbs/activations/00_source.ipynb #65fa8489
+# %% ../../nbs/activations/00_source.ipynb #29905edc
 def epoch_block(n: int, size: int, at: dict, *key) -> tuple[Tensor, dict]:
-    "Which of `n` items make up the block of at most `size` at position `at` = {epoch, block}, in the shuffled order of that epoch; and the position after it."
+    "Which of `n` items are the block (≤ size,) at position `at` = {epoch, block}, and the position after it."
     e, b = at["epoch"], at["block"]
     items = shuffled(n, *key, e)[b*size:(b+1)*size]
     return items, dict(epoch=e, block=b+1) if (b+1)*size < n else dict(epoch=e+1, block=0)
 
-# %% ../../nbs/activations/00_source.ipynb #89b42fd5
+# %% ../../nbs/activations/00_source.ipynb #a483f4ca
 def cut(
     blocks: Iterable[tuple], # (position of the block, its activations (n, d), position of the next block)
     batch_size: int,
@@ -56,7 +58,9 @@ def cut(
     "Cut a stream of blocks into batches, losing nothing between blocks."
     parts, have = [], 0
     for at, x, following in blocks:
-        if offset > len(x): raise ValueError(f"offset {offset} lies outside its block of {len(x)} activations: the cursor belongs to other data or other options.")
+        if offset > len(x):
+            raise ValueError(f"offset {offset} lies outside its block of {len(x)} activations: "
+                             "the cursor belongs to other data or other options.")
         while offset < len(x):
             take = min(batch_size - have, len(x) - offset)
             parts.append(x[offset:offset+take])
@@ -67,9 +71,11 @@ def cut(
         offset = 0
     if parts: yield torch.cat(parts), None, 0
 
-# %% ../../nbs/activations/00_source.ipynb #589efdd4
+# %% ../../nbs/activations/00_source.ipynb #b82dec8f
 class Source:
-    """Activations of width `d_in` from a model, data and a hook point. Subclasses define `block`, `heldout_blocks`, `fingerprint`."""
+    """Activations of width `d_in` from a model, data and a hook point.
+
+    Subclasses define `block` (or `blocks`), `heldout_blocks` and `fingerprint`."""
     d_in: int                          # width of an activation
     name: str                          # short human name, "tiny-gpt2/docs/blocks.2.post"
     device = torch.device("cpu")       # where batches lie
@@ -97,22 +103,27 @@ class Source:
 
     def __repr__(self) -> str: return f"{type(self).__name__}({self.name}, d_in={self.d_in})"
 
-# %% ../../nbs/activations/00_source.ipynb #8bf3e454
+# %% ../../nbs/activations/00_source.ipynb #7dc6db1b
 def positive(**numbers) -> None:
     "ValueError unless every number is an integer ≥ 1."
     for name, n in numbers.items():
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1: raise ValueError(f"{name} must be an integer of at least 1, got {n!r}.")
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {n!r}.")
 
-# %% ../../nbs/activations/00_source.ipynb #c7ca77db
+# %% ../../nbs/activations/00_source.ipynb #e1e65d7a
 @patch
 def check_cursor(self: Source, cursor: dict, seed: int) -> None:
     "ValueError unless `cursor` is one that this source's `stream` gave out for `seed`."
     expected = f"a cursor of {self.name} looks like {dict(seed=seed, at=self.origin, offset=0)}, got {cursor!r}"
     good = isinstance(cursor, dict) and set(cursor) == {"seed", "at", "offset"} and isinstance(cursor["at"], dict)
-    if not good or set(cursor["at"]) != set(self.origin): raise ValueError(expected + ": pass back one that `stream` has given out.")
+    if not good or set(cursor["at"]) != set(self.origin):
+        raise ValueError(expected + ": pass back one that `stream` has given out.")
     numbers = [cursor["offset"], *cursor["at"].values()]
-    if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in numbers): raise ValueError(expected + ": positions are integers ≥ 0.")
-    if cursor["seed"] != seed: raise ValueError(f"the cursor was made with seed {cursor['seed']}, the stream is asked for with seed {seed}: the batches would not be the ones that follow.")
+    if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in numbers):
+        raise ValueError(expected + ": positions are integers ≥ 0.")
+    if cursor["seed"] != seed:
+        raise ValueError(f"the cursor was made with seed {cursor['seed']}, the stream is asked for with seed {seed}: "
+                         "the batches would not be the ones that follow.")
 
 # %% ../../nbs/activations/00_source.ipynb #d6c4bb74
 @patch
@@ -123,23 +134,26 @@ def blocks(self: Source, seed: int, at: dict) -> Iterator[tuple[dict, Tensor, di
         yield at, x, following
         at = following
 
-# %% ../../nbs/activations/00_source.ipynb #85ac8ccd
+# %% ../../nbs/activations/00_source.ipynb #5d9ad66e
 @patch
 def stream(self: Source, batch_size: int, seed: int = 0, cursor: dict | None = None) -> Iterator[tuple[Tensor, dict]]:
     """Endless shuffled training batches (x (batch_size, d_in) on `device`, cursor).
 
-    `cursor` is the position after the batch: a small JSON-able dict. Passed back, it gives bit for bit the activations that would have followed,
-    also in batches of another size. ValueError for a batch size below 1 or a cursor from another stream."""
+    `cursor` is the position after the batch: a small JSON-able dict. Passed back, it gives bit for bit the activations
+    that would have followed, also in batches of another size.
+    ValueError for a batch size below 1 or a cursor from another stream."""
     positive(batch_size=batch_size)
     if cursor is not None: self.check_cursor(cursor, seed)
     at, offset = (cursor["at"], cursor["offset"]) if cursor else (dict(self.origin), 0)
     batches = cut(self.blocks(seed, at), batch_size, offset)
     return ((x, dict(seed=seed, at=dict(at), offset=offset)) for x, at, offset in batches)
 
-# %% ../../nbs/activations/00_source.ipynb #162605ea
+# %% ../../nbs/activations/00_source.ipynb #6181f7ef
 @patch
 def heldout(self: Source, n: int, batch_size: int = 4096) -> Iterator[Tensor]:
-    "The first `n` held-out activations (fewer if the data end) in batches (≤ batch_size, d_in): always the same ones, never seen in training."
+    """The first `n` held-out activations (fewer if the data end) in batches (≤ batch_size, d_in).
+
+    Always the same ones, never seen in training. ValueError for `n` or `batch_size` below 1."""
     positive(n=n, batch_size=batch_size)
     return self._heldout(n, batch_size)
 
@@ -181,18 +195,19 @@ def find_source(dataset, model=None) -> type:
     what = repr(dataset) if isinstance(dataset, (str, Path)) else f"a {type(dataset).__name__}"
     raise ValueError(f"unknown dataset {what}.{did_you_mean(dataset, names)} There is{known}{forms}")
 
-# %% ../../nbs/activations/00_source.ipynb #dcddcec9
+# %% ../../nbs/activations/00_source.ipynb #a457468a
 COMMON = ("model", "layer", "hook", "seq_len", "seed", "device", "dtype")
 
 def check_options(cls: type, options: dict) -> dict:
-    "The `options` to call `cls` with: no None, no common option that `cls` does not know. TypeError for any other unknown option."
+    "The `options` without None and without common ones that `cls` does not know. TypeError for any other unknown option."
     accepted = list(inspect.signature(cls).parameters)[1:]
     unknown = [o for o in options if o not in accepted and o not in COMMON]
     if unknown:
-        raise TypeError(f"{cls.__name__} has no option {unknown[0]!r}.{did_you_mean(unknown[0], accepted)} It accepts {', '.join(accepted)}.")
+        raise TypeError(f"{cls.__name__} has no option {unknown[0]!r}.{did_you_mean(unknown[0], accepted)} "
+                        f"It accepts {', '.join(accepted)}.")
     return {k: v for k, v in options.items() if v is not None and k in accepted}
 
-# %% ../../nbs/activations/00_source.ipynb #c5f84c3e
+# %% ../../nbs/activations/00_source.ipynb #ead9a69e
 def make_source(
     dataset="docs", # a name, a file or folder, a hub name, or the data themselves
     model=None, # the model whose activations are wanted; None: the source's default
@@ -201,12 +216,13 @@ def make_source(
 ) -> Source:
     """The source for `dataset`: embedded data by name, local files by path, hub data sets by hub name.
 
-    ValueError for a dataset that no source accepts, TypeError for an option that the chosen source does not have; both say what is accepted."""
+    ValueError for a dataset that no source accepts, TypeError for an option that the chosen source does not have;
+    both say what is accepted."""
     discover()
     cls = find_source(dataset, model)
     return cls(dataset, **check_options(cls, dict(model=model, layer=layer, **options)))
 
-# %% ../../nbs/activations/00_source.ipynb #ffd14508
+# %% ../../nbs/activations/00_source.ipynb #b04baac6
 def load_array(path: Path, key: str | None = None) -> Tensor:
     "The tensor in a .npy file, or in a .safetensors file (its only one, or the one called `key`)."
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}.")
@@ -214,7 +230,8 @@ def load_array(path: Path, key: str | None = None) -> Tensor:
     from safetensors.torch import load_file
     tensors = load_file(path)
     if key is None and len(tensors) == 1: return next(iter(tensors.values()))
-    if key not in tensors: raise ValueError(f"{path.name} holds the tensors {', '.join(sorted(tensors))}; choose one with key=…, got key={key!r}.")
+    if key not in tensors:
+        raise ValueError(f"{path.name} holds the tensors {', '.join(sorted(tensors))}; choose one with key=…, got key={key!r}.")
     return tensors[key]
 
 # %% ../../nbs/activations/00_source.ipynb #c1146213
@@ -222,23 +239,32 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
     "`device`, or CUDA where there is one, else the CPU."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-# %% ../../nbs/activations/00_source.ipynb #18adcf2c
+# %% ../../nbs/activations/00_source.ipynb #064ce692
 def as_activations(data, key: str | None = None) -> Tensor:
-    "`data` (tensor, array or path; shape (..., d_in)) as a float32 tensor (n, d_in). ValueError if it is not at least two finite vectors."
+    "`data` (tensor, array or path; (..., d_in)) as float32 (n, d_in). ValueError if it is not at least two finite vectors."
     x = load_array(Path(data), key) if isinstance(data, (str, Path)) else torch.as_tensor(data)
-    if x.ndim < 2 or x.is_complex(): raise ValueError(f"activations are real and have shape (..., d_in); got {x.dtype} of shape {tuple(x.shape)}.")
-    x = x.detach().reshape(-1, x.shape[-1]).float()
-    if len(x) < 2 or x.shape[1] == 0: raise ValueError(f"needs at least two activations, one to train on and one to hold out; got shape {tuple(x.shape)}.")
+    if x.ndim < 2 or x.is_complex():
+        raise ValueError(f"activations are real and have shape (..., d_in); got {x.dtype} of shape {tuple(x.shape)}.")
+    x = x.detach().flatten(0, -2).float()
+    if len(x) < 2 or x.shape[1] == 0:
+        raise ValueError(f"needs at least two activations, one to train on and one to hold out; got shape {tuple(x.shape)}.")
     bad = int((~x.isfinite()).any(1).sum())
     if bad: raise ValueError(f"{bad} of {len(x)} activations hold NaN or infinite values; remove them first.")
     return x
 
-# %% ../../nbs/activations/00_source.ipynb #48b7a21b
+# %% ../../nbs/activations/00_source.ipynb #16321eb1
 @register_source
 class TensorSource(Source):
     "Activations from a tensor or array (..., d_in), or from a .npy or .safetensors file."
     forms = "a tensor, an array, or the path of a .npy or .safetensors file of activations (..., d_in)"
-    def __init__(self, data, key: str | None = None, heldout: float = .05, block_size: int = 1 << 16, name: str | None = None, device=None):
+    def __init__(self,
+        data, # tensor, array or path
+        key: str | None = None, # which tensor of a .safetensors file
+        heldout: float = .05, # share of the rows to hold out
+        block_size: int = 1 << 16, # rows that are gathered at once
+        name: str | None = None,
+        device=None, # None: CUDA where there is one
+    ):
         positive(block_size=block_size)
         if not 0 < heldout < 1: raise ValueError(f"heldout is the share of rows to hold out, between 0 and 1; got {heldout!r}.")
         self.x, self.block_size, self.device = as_activations(data, key), block_size, default_device(device)
@@ -260,4 +286,5 @@ class TensorSource(Source):
         for rows in self.heldout_rows.split(self.block_size): yield self.x[rows].to(self.device)
 
     def fingerprint(self) -> dict:
-        return dict(source="tensor", model=None, data=digest(self.x, len(self.heldout_rows)), hook=None, seq_len=None, bos=None, dtype="float32", d_in=self.d_in)
+        return dict(source="tensor", model=None, data=digest(self.x, len(self.heldout_rows)), hook=None, seq_len=None, bos=None,
+                    dtype="float32", d_in=self.d_in)

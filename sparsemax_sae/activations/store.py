@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REBUILD', 'FORMAT', 'IDENTITY', 'OUR_FILES', 'write_whole', 'write_shard', 'check_shard', 'read_shard', 'flatten',
-           'differences', 'check_budget', 'heldout_size', 'read_manifest', 'ActivationStore', 'to_stored',
-           'start_build', 'write_manifest', 'write_heldout', 'write_shards', 'StoreSource']
+           'differences', 'check_budget', 'heldout_size', 'read_manifest', 'stored_rows', 'ActivationStore',
+           'to_stored', 'start_build', 'write_manifest', 'write_heldout', 'write_shards', 'StoreSource']
 
 # %% ../../nbs/activations/40_store.ipynb #fffcf6bb
 import json, os, re, shutil
@@ -33,7 +33,7 @@ def write_shard(path: Path, x: Tensor) -> dict:
     write_whole(path, data)
     return dict(file=path.name, rows=len(x), bytes=len(data), hash=digest(data))
 
-# %% ../../nbs/activations/40_store.ipynb #28363555
+# %% ../../nbs/activations/40_store.ipynb #b0400e8a
 REBUILD = "Build the store again with overwrite=True."
 
 def check_shard(folder: Path, record: dict) -> Path:
@@ -41,7 +41,8 @@ def check_shard(folder: Path, record: dict) -> Path:
     path = folder/record["file"]
     if not path.is_file(): raise FileNotFoundError(f"the store lacks its file {path}. {REBUILD}")
     size = path.stat().st_size
-    if size != record["bytes"]: raise ValueError(f"{path} is damaged: it has {size} bytes, the manifest says {record['bytes']}. {REBUILD}")
+    if size != record["bytes"]:
+        raise ValueError(f"{path} is damaged: it has {size} bytes, the manifest says {record['bytes']}. {REBUILD}")
     return path
 
 def read_shard(folder: Path, record: dict) -> Tensor:
@@ -49,10 +50,11 @@ def read_shard(folder: Path, record: dict) -> Tensor:
     from safetensors.torch import load
     path = check_shard(folder, record)
     data = path.read_bytes()
-    if digest(data) != record["hash"]: raise ValueError(f"{path} is damaged: its contents are not what was written (the hash differs). {REBUILD}")
+    if digest(data) != record["hash"]:
+        raise ValueError(f"{path} is damaged: its contents are not what was written (the hash differs). {REBUILD}")
     return load(data)["x"]
 
-# %% ../../nbs/activations/40_store.ipynb #6338764d
+# %% ../../nbs/activations/40_store.ipynb #88adfb16
 def flatten(d, prefix: str = "") -> dict:
     "Nested dicts as one: {'a': {'b': 1}} → {'a.b': 1}."
     if not isinstance(d, dict): return {prefix[:-1]: d}
@@ -61,23 +63,26 @@ def flatten(d, prefix: str = "") -> dict:
 def differences(stored: dict, wanted: dict) -> str:
     "One line per field in which the two differ, '' if they agree."
     a, b = flatten(stored), flatten(json.loads(json.dumps(wanted)))
-    return "".join(f"\n  {k}: {a.get(k)!r} in the store, {b.get(k)!r} wanted" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
+    fields = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return "".join(f"\n  {k}: {a.get(k)!r} in the store, {b.get(k)!r} wanted" for k in fields)
 
-# %% ../../nbs/activations/40_store.ipynb #532e4035
-def check_budget(folder: Path, rows: int, d_in: int, dtype: torch.dtype, max_bytes: float) -> None:
-    "ValueError if `rows` activations exceed `max_bytes` or the free space at `folder`."
-    need, free = rows * d_in * dtype.itemsize, shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free
+# %% ../../nbs/activations/40_store.ipynb #d0d2b97f
+def check_budget(folder: Path, rows: int, d_in: int, dtype: torch.dtype, max_bytes: float, have: int = 0) -> None:
+    "ValueError if `rows` activations exceed `max_bytes`, or those beyond the `have` stored ones the free space at `folder`."
+    size, free = d_in * dtype.itemsize, shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free
+    need, missing = rows * size, (rows - have) * size
     if need > max_bytes:
-        raise ValueError(f"{rows:,} activations of width {d_in} in {str(dtype)[6:]} take {need/1e9:,.2f} GB, more than max_bytes={max_bytes/1e9:,.2f} GB. "
-                         "Store fewer (n), use dtype='bfloat16', or raise max_bytes.")
-    if need > free: raise ValueError(f"{rows:,} activations take {need/1e9:,.2f} GB, but only {free/1e9:,.2f} GB are free at {folder}.")
+        raise ValueError(f"{rows:,} activations of width {d_in} in {str(dtype)[6:]} take {need/1e9:,.2f} GB, "
+                         f"more than max_bytes={max_bytes/1e9:,.2f} GB. Store fewer (n), use dtype='bfloat16', or raise it.")
+    if missing > free:
+        raise ValueError(f"{rows - have:,} activations take {missing/1e9:,.2f} GB, but only {free/1e9:,.2f} GB are free at {folder}.")
 
 # %% ../../nbs/activations/40_store.ipynb #0bb91d7b
 def heldout_size(n: int) -> int:
     "Held-out activations for a store of `n`."
     return max(1, min(n // 10, 1 << 16))
 
-# %% ../../nbs/activations/40_store.ipynb #3dd947ff
+# %% ../../nbs/activations/40_store.ipynb #d5f99c77
 FORMAT = "sparsemax_sae activations, version 1"
 IDENTITY = ("fingerprint", "n", "n_heldout", "shard_size", "dtype", "seed")
 
@@ -87,10 +92,15 @@ def read_manifest(folder: Path) -> dict | None:
     if not path.is_file(): return None
     try: manifest = json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path} is damaged: {e}. {REBUILD}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT: raise ValueError(f"{path} is not the manifest of an activation store ({FORMAT!r}).")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the manifest of an activation store ({FORMAT!r}).")
     return manifest
 
-# %% ../../nbs/activations/40_store.ipynb #727cb083
+def stored_rows(manifest: dict) -> int:
+    "Activations for training in the shards that the manifest counts."
+    return sum(s["rows"] for s in manifest["shards"])
+
+# %% ../../nbs/activations/40_store.ipynb #f956f24d
 class ActivationStore:
     """Activations on disk: `store.shard(i)` (rows, d_in), `store.heldout()`, `store.manifest`. Made by `ActivationStore.build`.
 
@@ -98,14 +108,18 @@ class ActivationStore:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         manifest = read_manifest(self.path)
-        if manifest is None: raise FileNotFoundError(f"there is no activation store at {self.path}; make one with ActivationStore.build.")
+        if manifest is None:
+            raise FileNotFoundError(f"there is no activation store at {self.path}; make one with ActivationStore.build.")
         if not manifest["complete"]:
-            raise ValueError(f"the store at {self.path} is incomplete ({sum(s['rows'] for s in manifest['shards']):,} of {manifest['n']:,} activations): run ActivationStore.build again, it goes on from there.")
+            raise ValueError(f"the store at {self.path} is incomplete ({stored_rows(manifest):,} of {manifest['n']:,} "
+                             "activations): run ActivationStore.build again, it goes on from there.")
         for record in [*manifest["shards"], manifest["heldout"]]: check_shard(self.path, record)
         self.manifest, self.n, self.d_in = manifest, manifest["n"], manifest["fingerprint"]["d_in"]
 
     def __len__(self) -> int: return len(self.manifest["shards"])
-    def __repr__(self) -> str: return f"ActivationStore({self.manifest['name']}, {self.n:,} + {self.manifest['heldout']['rows']:,} held out, {len(self)} shards, {self.manifest['dtype']})"
+    def __repr__(self) -> str:
+        m = self.manifest
+        return f"ActivationStore({m['name']}, {self.n:,} + {m['heldout']['rows']:,} held out, {len(self)} shards, {m['dtype']})"
     def shard(self, i: int) -> Tensor:
         "Activations (rows, d_in) of shard `i`, in the stored dtype."
         return read_shard(self.path, self.manifest["shards"][i])
@@ -113,15 +127,16 @@ class ActivationStore:
         "Held-out activations (rows, d_in), in the stored dtype."
         return read_shard(self.path, self.manifest["heldout"])
 
-# %% ../../nbs/activations/40_store.ipynb #f93a9be7
+# %% ../../nbs/activations/40_store.ipynb #ed92ea30
 def to_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     "`x` in `dtype`; ValueError if a finite activation overflows there."
     y = x.to(dtype)
     if not y.isfinite().all():
-        raise ValueError(f"an activation of size {x.abs().max():.3g} does not fit into {str(dtype)[6:]}; use dtype='bfloat16', which has the range of float32.")
+        raise ValueError(f"an activation of size {x.abs().max():.3g} does not fit into {str(dtype)[6:]}; "
+                         "use dtype='bfloat16', which has the range of float32.")
     return y
 
-# %% ../../nbs/activations/40_store.ipynb #70111cfc
+# %% ../../nbs/activations/40_store.ipynb #7888edc4
 OUR_FILES = r"(manifest\.json|heldout\.safetensors|shard_\d{5,}\.safetensors)(\.tmp)?"
 
 def start_build(folder: Path, identity: dict, name: str, overwrite: bool) -> dict:
@@ -129,16 +144,20 @@ def start_build(folder: Path, identity: dict, name: str, overwrite: bool) -> dic
     manifest = None if overwrite else read_manifest(folder)
     if manifest is not None:
         differ = differences({k: manifest[k] for k in IDENTITY}, identity)
-        if differ: raise ValueError(f"the store at {folder} holds something else:{differ}\nUse another path, or overwrite=True to replace it.")
+        if differ:
+            raise ValueError(f"the store at {folder} holds something else:{differ}\n"
+                             "Use another path, or overwrite=True to replace it.")
         return manifest
     if folder.exists() and any(folder.iterdir()):
         if not overwrite: raise ValueError(f"{folder} is not empty and holds no activation store; use another path.")
         other = [f.name for f in folder.iterdir() if not re.fullmatch(OUR_FILES, f.name)]
-        if other: raise ValueError(f"{folder} also holds {', '.join(sorted(other)[:3])}, no part of a store; it will not be emptied. Use another path.")
+        if other:
+            raise ValueError(f"{folder} also holds {', '.join(sorted(other)[:3])}, no part of a store; "
+                             "it will not be emptied. Use another path.")
         shutil.rmtree(folder)
     return dict(format=FORMAT, name=name, **identity, complete=False, cursor=None, heldout=None, shards=[])
 
-# %% ../../nbs/activations/40_store.ipynb #f857cba2
+# %% ../../nbs/activations/40_store.ipynb #80715c06
 def write_manifest(folder: Path, manifest: dict) -> None:
     "Replace the manifest."
     write_whole(folder/"manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
@@ -151,7 +170,7 @@ def write_heldout(folder: Path, source: Source, manifest: dict) -> None:
 
 def write_shards(folder: Path, source: Source, manifest: dict, bar) -> None:
     "Write the shards that are still missing, recording each."
-    have = sum(s["rows"] for s in manifest["shards"])
+    have = stored_rows(manifest)
     if have >= manifest["n"]: return
     for x, cursor in source.stream(manifest["shard_size"], manifest["seed"], manifest["cursor"]):
         x = x[:manifest["n"] - have]
@@ -161,7 +180,7 @@ def write_shards(folder: Path, source: Source, manifest: dict, bar) -> None:
         have += len(x); bar.update(len(x))
         if have >= manifest["n"]: return
 
-# %% ../../nbs/activations/40_store.ipynb #47301290
+# %% ../../nbs/activations/40_store.ipynb #9dc7e859
 @patch(cls_method=True)
 def build(cls: ActivationStore,
     source: Source, # where the activations come from
@@ -177,29 +196,35 @@ def build(cls: ActivationStore,
 ) -> ActivationStore:
     """Write `n` shuffled activations of `source`, or go on with an interrupted build, or reuse the store that is already there.
 
-    ValueError if `path` holds something else (the differing fields are listed), or if the store would exceed `max_bytes` or the free space."""
+    ValueError if `path` holds something else (the differing fields are listed), or if the store would exceed `max_bytes`
+    or the free space."""
     folder, n_heldout = Path(path).expanduser(), heldout_size(n) if n_heldout is None else n_heldout
     positive(n=n, shard_size=shard_size, n_heldout=n_heldout)
-    identity = dict(fingerprint=source.fingerprint(), n=n, n_heldout=n_heldout, shard_size=shard_size, dtype=str(as_dtype(dtype))[6:], seed=seed)
+    identity = dict(fingerprint=source.fingerprint(), n=n, n_heldout=n_heldout, shard_size=shard_size,
+                    dtype=str(as_dtype(dtype))[6:], seed=seed)
     manifest = start_build(folder, identity, source.name, overwrite)
     if manifest["complete"]: return cls(folder)
     for record in manifest["shards"]: check_shard(folder, record)
-    check_budget(folder, n + n_heldout - sum(s["rows"] for s in manifest["shards"]), source.d_in, as_dtype(dtype), max_bytes)
+    have = stored_rows(manifest)
+    check_budget(folder, n + n_heldout, source.d_in, as_dtype(dtype), max_bytes, have)
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=n, initial=sum(s["rows"] for s in manifest["shards"]), unit=" activations", unit_scale=True, desc="storing", disable=not progress) as bar:
+    with tqdm(total=n, initial=have, unit=" activations", unit_scale=True, desc="storing", disable=not progress) as bar:
         if manifest["heldout"] is None: write_heldout(folder, source, manifest)
         write_shards(folder, source, manifest, bar)
     write_manifest(folder, manifest | dict(complete=True, cursor=None))
     return cls(folder)
 
-# %% ../../nbs/activations/40_store.ipynb #586f3f5e
+# %% ../../nbs/activations/40_store.ipynb #41ff55ea
 @register_source
 class StoreSource(Source):
-    "Activations read from an `ActivationStore` (or its path). `source` is the source it was built from, for metrics that run the model."
+    """Activations read from an `ActivationStore` or its path; `source` is what it was built from, for metrics that run the model.
+
+    FileNotFoundError or ValueError if there is no complete store, ValueError if `source` is another one."""
     forms = "the folder of an activation store"
     def __init__(self, store: ActivationStore | str | Path, source: Source | None = None, device=None):
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
-        self.device, self.source, self.d_in, self.name = default_device(device), source, self.store.d_in, f"{self.store.manifest['name']}/store"
+        self.device, self.source, self.d_in = default_device(device), source, self.store.d_in
+        self.name = f"{self.store.manifest['name']}/store"
         differ = differences(self.store.manifest["fingerprint"], source.fingerprint()) if source is not None else ""
         if differ: raise ValueError(f"the store at {self.store.path} was not built from this source:{differ}")
         self.has_model = source is not None and source.has_model
@@ -224,5 +249,6 @@ class StoreSource(Source):
     def __getattr__(self, name: str):
         if name in ("token_losses", "heldout_tokens", "logits", "activations", "tokenizer"):
             if self.source is not None: return getattr(self.source, name)
-            raise AttributeError(f"a store has activations, no model; for {name}, pass the source it was built from: StoreSource(store, source=…).")
+            raise AttributeError(f"a store has activations, no model; for {name}, pass the source it was built from: "
+                                 "StoreSource(store, source=…).")
         raise AttributeError(name)

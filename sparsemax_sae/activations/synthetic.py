@@ -19,13 +19,14 @@ def random_features(n_features: int, d_in: int, seed: int = 0) -> Tensor:
     "Unit vectors (n_features, d_in), uniform on the sphere; a pure function of the arguments."
     return F.normalize(torch.randn(n_features, d_in, generator=generator("features", seed)), dim=1)
 
-# %% ../../nbs/activations/10_synthetic.ipynb #ee6e25f4
+# %% ../../nbs/activations/10_synthetic.ipynb #65a009b9
 FREQUENCIES = {"uniform": torch.ones, "zipf": lambda n: 1 / torch.arange(1, n + 1)}
 
 def feature_weights(frequency: str, n_features: int) -> Tensor:
     "Relative frequencies (n_features,) that sum to 1; ValueError for an unknown `frequency`."
     if frequency not in FREQUENCIES:
-        raise ValueError(f"unknown frequency {frequency!r}.{did_you_mean(frequency, FREQUENCIES)} There is {', '.join(map(repr, FREQUENCIES))}.")
+        raise ValueError(f"unknown frequency {frequency!r}.{did_you_mean(frequency, FREQUENCIES)} "
+                         f"There is {', '.join(map(repr, FREQUENCIES))}.")
     w = FREQUENCIES[frequency](n_features).float()
     return w / w.sum()
 
@@ -41,26 +42,41 @@ def draw_supports(weights: Tensor, n: int, k: int, gen: torch.Generator, entries
     step = max(1, entries // len(weights))
     return torch.cat([draw_features(weights, min(step, n - i), k, gen) for i in range(0, n, step)])
 
-# %% ../../nbs/activations/10_synthetic.ipynb #fe0c8f2f
+# %% ../../nbs/activations/10_synthetic.ipynb #4fde5b6f
 @register_source
 class SyntheticSource(Source):
     """x = Σ a_j f_j + noise over a random set of `complexity` features per sample, k_min ≤ complexity ≤ k_max.
 
-    `features` (n_features, d_in) is the true dictionary; `truth` also returns the true codes. `seed` names the dictionary; the stream has a seed of its own."""
+    `features` (n_features, d_in) is the true dictionary; `truth` also returns the true codes.
+    ValueError unless 1 ≤ k_min ≤ k_max ≤ n_features and noise ≥ 0."""
     datasets = {"synthetic": "sparse sums of known unit features, a known and varying number of them per sample"}
-    def __init__(self, dataset: str = "synthetic", n_features: int = 256, d_in: int = 64, k_min: int = 1, k_max: int = 16, frequency: str = "uniform",
-                 noise: float = 0., seed: int = 0, block_size: int = 8192, device=None):
+    def __init__(self,
+        dataset: str = "synthetic",
+        n_features: int = 256,
+        d_in: int = 64,
+        k_min: int = 1, # fewest active features of a sample
+        k_max: int = 16, # most active features of a sample
+        frequency: str = "uniform", # "uniform" or "zipf"
+        noise: float = 0., # standard deviation of the noise on each coordinate
+        seed: int = 0, # which dictionary; the stream has a seed of its own
+        block_size: int = 8192, # samples drawn at once
+        device=None, # None: CUDA where there is one
+    ):
         positive(n_features=n_features, d_in=d_in, k_min=k_min, k_max=k_max, block_size=block_size)
-        if not k_min <= k_max <= n_features: raise ValueError(f"needs k_min ≤ k_max ≤ n_features, got {k_min}, {k_max}, {n_features}.")
+        if not k_min <= k_max <= n_features:
+            raise ValueError(f"needs k_min ≤ k_max ≤ n_features, got {k_min}, {k_max}, {n_features}.")
         if noise < 0: raise ValueError(f"noise is a standard deviation, at least 0; got {noise!r}.")
-        self.options = dict(n_features=n_features, d_in=d_in, k_min=k_min, k_max=k_max, frequency=frequency, noise=noise, seed=seed)
+        self.options = dict(n_features=n_features, d_in=d_in, k_min=k_min, k_max=k_max, frequency=frequency, noise=noise,
+                            seed=seed)
         self.n_features, self.d_in, self.k_min, self.k_max, self.noise, self.seed = n_features, d_in, k_min, k_max, noise, seed
         self.block_size, self.device = block_size, default_device(device)
         self.name = f"synthetic/{n_features}x{d_in}/{frequency}/{k_min}-{k_max}"
-        self.features, self.weights = random_features(n_features, d_in, seed).to(self.device), feature_weights(frequency, n_features)
+        self.features = random_features(n_features, d_in, seed).to(self.device)
+        self.weights = feature_weights(frequency, n_features)
 
     def fingerprint(self) -> dict:
-        return dict(source="synthetic", model=None, data=self.options, hook=None, seq_len=None, bos=None, dtype="float32", d_in=self.d_in)
+        return dict(source="synthetic", model=None, data=self.options, hook=None, seq_len=None, bos=None, dtype="float32",
+                    d_in=self.d_in)
 
 # %% ../../nbs/activations/10_synthetic.ipynb #06764427
 @patch
@@ -76,10 +92,12 @@ def sample(self: SyntheticSource, n: int, *key) -> tuple[Tensor, Codes, Tensor]:
     if self.noise: x = x + self.noise * torch.randn(n, self.d_in, generator=gen).to(self.device)
     return x, codes, complexity.to(self.device)
 
-# %% ../../nbs/activations/10_synthetic.ipynb #8157fa8e
+# %% ../../nbs/activations/10_synthetic.ipynb #a7220bb1
 @patch
 def truth(self: SyntheticSource, n: int, seed: int = 0) -> tuple[Tensor, Codes, Tensor]:
-    "`n` samples with their truth: x (n, d_in), `Codes` (n, n_features), complexity (n,). No sample of it occurs in the stream or the held-out data."
+    """`n` samples with their truth: x (n, d_in), `Codes` (n, n_features), complexity (n,).
+
+    None of them occurs in the stream or in the held-out data."""
     positive(n=n)
     return self.sample(n, "truth", seed)
 

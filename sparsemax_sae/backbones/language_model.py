@@ -33,14 +33,14 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS,
                                    model_max_length=max_length, clean_up_tokenization_spaces=False)
 
-# %% ../../nbs/backbones/00_language_model.ipynb #3d577dac
+# %% ../../nbs/backbones/00_language_model.ipynb #eccbc5a6
 def pack(
     texts: Sequence[str],
     tokenizer, # any tokenizer of transformers with an eos token
     seq_len: int,
 ) -> torch.Tensor: # (n, seq_len) int64
     "Token rows of `texts` laid end to end, each document after an end-of-text token. Raises ValueError if there is not one row."
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False).input_ids
     stream = torch.from_numpy(np.concatenate([np.array([tokenizer.eos_token_id, *doc]) for doc in ids]))
     n = len(stream)//seq_len
     if n == 0: raise ValueError(f"{len(stream)} tokens make no row of seq_len={seq_len}: give more text or shorter rows")
@@ -172,10 +172,10 @@ def cross_entropy_table(
     first, rows = next(iter(splits.items()))
     return table.assign(**{f"{first} per character": table[first]*rows.numel()/len(tokenizer.decode(rows.flatten()))})
 
-# %% ../../nbs/backbones/00_language_model.ipynb #3132435a
+# %% ../../nbs/backbones/00_language_model.ipynb #d9fef973
 RECIPES = dict(
     smoke=dict(every=20, rows=32, seq_len=64, tokenizer=dict(vocab_size=1024), model=dict(n_layer=2, n_embd=64, n_head=2, n_positions=64),
-               training=dict(steps=120, batch_size=8, lr=1e-2, warmup=10)),
+               training=dict(steps=100, batch_size=8, lr=1e-2, warmup=10)),
     full=dict(every=1, rows=None, seq_len=256, tokenizer=dict(vocab_size=4096), model=dict(n_layer=4, n_embd=128, n_head=4, n_positions=256),
               training=dict(steps=5000, batch_size=8, lr=3e-3, warmup=200)))
 

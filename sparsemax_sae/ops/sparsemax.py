@@ -29,17 +29,17 @@ def michelot(over: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     root = (over.sum(-1, keepdim=True) - 1)/n
     return root, root
 
-# %% ../../nbs/ops/00_sparsemax.ipynb #808d73d8
+# %% ../../nbs/ops/00_sparsemax.ipynb #502b6a60
 def solve(x: Tensor, t: Tensor, step: Callable) -> Tensor:
     """`max(x - tau, 0)` for rows `x` (N, K) with maximum 0 (-inf allowed), from lower bounds `t` (N, 1) of their thresholds tau.
 
     `step(over, n)` names the problem: `michelot` for sparsemax."""
     while True:
-        over = (x - t).clamp_(min=0); on = over > 0
-        move, root = step(over, on.sum(-1, keepdim=True))
+        over = (x - t).clamp_(min=0); on = over > 0; n = on.sum(-1, keepdim=True)
+        move, root = step(over, n)
         rest = (over - root).clamp_(min=0).mul_(on)
         higher = t + move.clamp(min=0)
-        if torch.equal(rest > 0, on) or torch.equal(higher, t): return rest
+        if torch.equal(rest > 0, on) or torch.equal(higher, t): return (rest - step(rest, n)[1]).clamp_(min=0).mul_(on)
         t = higher
 
 # %% ../../nbs/ops/00_sparsemax.ipynb #20e6b0c8

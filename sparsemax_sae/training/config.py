@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..saes.base import RECIPES, look_up
 
-# %% ../../nbs/training/00_config.ipynb #c2f7ce54
+# %% ../../nbs/training/00_config.ipynb #1450f851
 @dataclass
 class RunConfig:
     "Everything that determines a training run."
@@ -27,7 +27,7 @@ class RunConfig:
     normalize: str | None = None   # none | unit | standardize; None: the recipe's own
     d_sae: int = 1024              # number of concepts
     options: dict = field(default_factory=dict)  # hyperparameters of the architecture: k, scale, l1, …
-    source: dict = field(default_factory=dict)   # further options of the data source
+    data_options: dict = field(default_factory=dict)  # further options of the data source: block_size, bos, skip_first, n_features, …
     steps: int = 1500              # optimizer steps
     batch_size: int = 1024         # activations per step
     lr: float = 2e-3               # Adam's learning rate
@@ -140,11 +140,11 @@ def literal(text: str):
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../../nbs/training/00_config.ipynb #e84da6be
+# %% ../../nbs/training/00_config.ipynb #3ca741e9
 def config_from_notebook(variables: dict) -> RunConfig:
     "The configuration of a notebook run: pass `globals()`. `k` and `scale` join `options`. TypeError for injected parameters the notebook lacks."
     check_injected([c for c in variables.get("In", []) if isinstance(c, str)])
     given = {f.name: variables[f.name] for f in fields(RunConfig) if f.name in variables}
     options = parse_options(given.pop("options", {})) | {k: variables[k] for k in ("k", "scale") if variables.get(k) is not None}
-    source = parse_options(given.pop("source", {}))
-    return make_config(**{k: v for k, v in given.items() if v not in (None, "")}, options=options, source=source)
+    data_options = parse_options(given.pop("data_options", {}))
+    return make_config(**{k: v for k, v in given.items() if v not in (None, "")}, options=options, data_options=data_options)

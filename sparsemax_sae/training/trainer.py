@@ -30,11 +30,11 @@ def run_device(config: RunConfig) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device={config.device!r}, but torch sees no CUDA device; use device='cpu' or 'auto'.")
     return torch.device(name)
 
-# %% ../../nbs/training/10_trainer.ipynb #09bb6ac9
+# %% ../../nbs/training/10_trainer.ipynb #691248ae
 def run_source(config: RunConfig) -> Source:
     "The activation source `config` asks for."
     return make_source(config.dataset, config.model, config.layer, hook=config.hook, seq_len=config.seq_len, seed=config.seed,
-                       device=str(run_device(config)), **config.source)
+                       device=str(run_device(config)), **config.data_options)
 
 # %% ../../nbs/training/10_trainer.ipynb #efe8b8ff
 def run_sae(config: RunConfig, d_in: int) -> SAE:
