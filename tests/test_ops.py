@@ -183,6 +183,14 @@ def test_vector_jacobian_products(s):
     close(torch.autograd.grad(sparsemax_threshold(s).sum(), s)[0], on/on.sum(-1, keepdim=True), 1e-12)
 
 @both
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_the_double_backward_never_meets_a_nan(f):
+    s = rand(2, 32, scale=3.).requires_grad_()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        g, = torch.autograd.grad(f(s).square().sum(), s, create_graph=True)
+        assert torch.autograd.grad(g[:, 0].sum(), s)[0].isfinite().all()
+
+@both
 def test_functional_transforms(f):
     s = rand(8, scale=.4)
     J = torch.func.jacrev(f)(s)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['READERS', 'HUB', 'DOCS', 'STREAM_ABOVE', 'BOS', 'split_text', 'check_text', 'read_txt', 'read_jsonl', 'read_parquet',
            'text_files', 'read_documents', 'text_rank', 'by_rank', 'split_documents', 'Corpus', 'Stream', 'open_files',
-           'join_articles', 'load_hub', 'hub_texts', 'open_hub', 'looks_like_path', 'open_local', 'open_dataset',
-           'open_text', 'special_ids', 'Encoder', 'tokenizer_state', 'pack']
+           'join_articles', 'load_hub', 'hub_texts', 'skipping', 'open_hub', 'looks_like_path', 'open_local',
+           'open_dataset', 'open_text', 'special_ids', 'Encoder', 'tokenizer_state', 'pack']
 
-# %% ../../nbs/activations/15_documents.ipynb #019f647d
+# %% ../../nbs/activations/15_documents.ipynb #b7ba70b4
 import json, re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import chunked, patch
 from torch import Tensor
+from tqdm.auto import tqdm
 from .source import cut, did_you_mean, digest, shuffled
 
 # %% ../../nbs/activations/15_documents.ipynb #24e2bd9a
@@ -39,11 +40,12 @@ def check_text(text, path: Path, where: str) -> str:
         raise ValueError(f"{path.name}, {where}: a document must be a string, got {type(text).__name__}.")
     return text
 
-# %% ../../nbs/activations/15_documents.ipynb #cf369cb7
+# %% ../../nbs/activations/15_documents.ipynb #933cc963
 def read_txt(path: Path, column: str = "text") -> Iterator[str]:
     "Pieces of a text file."
     yield from split_text(path.read_text(encoding="utf-8", errors="replace"))
 
+# %% ../../nbs/activations/15_documents.ipynb #0360c090
 def read_jsonl(path: Path, column: str = "text") -> Iterator[str]:
     "The field `column` of every line."
     with path.open(encoding="utf-8") as f:
@@ -56,6 +58,7 @@ def read_jsonl(path: Path, column: str = "text") -> Iterator[str]:
                 raise ValueError(f"{path.name}, line {i} has no field {column!r}; it has {has}. Choose one with text_column=….")
             yield check_text(row[column], path, f"line {i}")
 
+# %% ../../nbs/activations/15_documents.ipynb #c20ee044
 def read_parquet(path: Path, column: str = "text") -> Iterator[str]:
     "The column `column` of every row."
     import pyarrow.parquet as pq
@@ -99,14 +102,15 @@ def split_documents(texts: list[str], share: float) -> tuple[list[str], list[str
     n = min(sum(b < share * before[-1] for b in before), len(texts) - 1)
     return texts[n:], texts[:n]
 
-# %% ../../nbs/activations/15_documents.ipynb #2422a7b9
+# %% ../../nbs/activations/15_documents.ipynb #d460b0ef
 class Corpus:
     "Documents in memory: `documents` to train on and `held` out. `heldout` is a share of `texts` or other documents."
     def __init__(self, name: str, texts: Iterable[str], heldout: float | Iterable[str] = .04):
         texts = by_rank(texts)
         if isinstance(heldout, (int, float)): texts, heldout = split_documents(texts, heldout)
         self.name, self.held = name, by_rank(heldout)
-        self.documents = [t for t in texts if t not in set(self.held)] if set(texts) & set(self.held) else texts
+        held = set(self.held)
+        self.documents = [t for t in texts if t not in held]
 
     def train(self, key: tuple, skip: int = 0) -> Iterator[tuple[int, str]]:
         order = shuffled(len(self.documents), "documents", *key)
@@ -165,7 +169,7 @@ def load_hub(path: str, config: str | None, split: str):
         raise OSError(f"could not stream {what} from the Hugging Face hub: {type(e).__name__}: {e}. "
                       "A local copy can be passed by its path.") from e
 
-# %% ../../nbs/activations/15_documents.ipynb #2759550a
+# %% ../../nbs/activations/15_documents.ipynb #5409d1a4
 def hub_texts(rows: Iterable[dict], column: str, path: str) -> Iterator[str]:
     "The column `column` of `rows`; ValueError that lists the columns if it is missing."
     for row in rows:
@@ -174,32 +178,39 @@ def hub_texts(rows: Iterable[dict], column: str, path: str) -> Iterator[str]:
                              "Choose one with text_column=….")
         yield row[column]
 
+def skipping(texts: Iterator[str], n: int) -> Iterator[str]:
+    "`texts` without the first `n`; shows progress if that takes longer than a few seconds."
+    bar = tqdm(range(n), desc="going to the cursor", unit=" documents", delay=5, leave=False, disable=n < 10_000)
+    for _ in bar: next(texts, None)
+    return texts
+
+# %% ../../nbs/activations/15_documents.ipynb #0c995c9a
 def open_hub(path: str, config: str | None, split: str, column: str, buffer: int, articles: bool) -> Callable:
     "A function (key, skip) → documents of a hub data set from number `skip` on, shuffled by `key` if there is one."
     def start(key, skip):
         ds = load_hub(path, config, split)
-        if articles: return islice(join_articles(hub_texts(ds, column, path)), skip, None)
-        if key is not None and buffer: ds = ds.shuffle(seed=int(digest(*key), 16) % 2**31, buffer_size=buffer)
-        return hub_texts(ds.skip(skip) if skip else ds, column, path)
+        if key is not None and buffer and not articles: ds = ds.shuffle(seed=int(digest(*key), 16) % 2**31, buffer_size=buffer)
+        texts = hub_texts(ds, column, path)
+        return skipping(join_articles(texts) if articles else texts, skip)
     return start
 
-# %% ../../nbs/activations/15_documents.ipynb #2f8c232b
+# %% ../../nbs/activations/15_documents.ipynb #a5864672
 DOCS = {
     "docs": "the embedded documentation corpus; held out: other packages",
     "docs-reference": "the same for training; held out: the Python language reference, a distribution shift",
 }
-STREAM_ABOVE = 1 << 30 # bytes of local files beyond which they are streamed
+STREAM_ABOVE = 1 << 28 # bytes of local files (256 MiB) beyond which they are streamed
 
 def looks_like_path(s: str) -> bool:
     "True for strings that can only be meant as a path: './x', '~/x', 'a/b/c', 'x.txt'."
     return s.startswith((".", "/", "~")) or s.count("/") > 1 or "\\" in s or Path(s).suffix in READERS
 
-# %% ../../nbs/activations/15_documents.ipynb #db0f5b60
+# %% ../../nbs/activations/15_documents.ipynb #4801e9b2
 def open_local(
     path: Path,
     heldout: float | str | Path | None = None, # a share or another path; None: 4 % in memory, 2 % of a stream
     column: str = "text",
-    streaming: bool | None = None, # None: if the files are larger than 1 GiB
+    streaming: bool | None = None, # None: if the files are larger than 256 MiB
 ) -> Corpus | Stream:
     "The documents of a local file or folder."
     files, apart = text_files(path), isinstance(heldout, (str, Path))
@@ -259,7 +270,7 @@ def special_ids(tokenizer) -> tuple[int | None, int | None]:
     bos, eos, cls, sep = t.bos_token_id, t.eos_token_id, t.cls_token_id, t.sep_token_id
     return first(bos, cls, eos), first(eos, sep, bos, cls)
 
-# %% ../../nbs/activations/15_documents.ipynb #fe24f000
+# %% ../../nbs/activations/15_documents.ipynb #01aeb744
 BOS = ("document", "sequence", "none")
 
 class Encoder:
@@ -270,10 +281,6 @@ class Encoder:
         self.begin, self.end = special_ids(tokenizer)
         if bos != "none" and self.begin is None:
             raise ValueError(f"the tokenizer has no BOS, CLS or EOS token; use bos='none', not {bos!r}.")
-        self.key = digest(tokenizer_state(tokenizer), bos)
-
-    def __eq__(self, other) -> bool: return self.key == other.key
-    def __hash__(self) -> int: return hash(self.key)
 
     def __call__(self, texts: list[str]) -> list[Tensor]:
         "Token ids (n,) int64 of each text, with its separator."

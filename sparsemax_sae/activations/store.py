@@ -66,7 +66,7 @@ def differences(stored: dict, wanted: dict) -> str:
     fields = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     return "".join(f"\n  {k}: {a.get(k)!r} in the store, {b.get(k)!r} wanted" for k in fields)
 
-# %% ../../nbs/activations/40_store.ipynb #d0d2b97f
+# %% ../../nbs/activations/40_store.ipynb #b10e5056
 def check_budget(folder: Path, rows: int, d_in: int, dtype: torch.dtype, max_bytes: float, have: int = 0) -> None:
     "ValueError if `rows` activations exceed `max_bytes`, or those beyond the `have` stored ones the free space at `folder`."
     size, free = d_in * dtype.itemsize, shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free
@@ -75,7 +75,8 @@ def check_budget(folder: Path, rows: int, d_in: int, dtype: torch.dtype, max_byt
         raise ValueError(f"{rows:,} activations of width {d_in} in {str(dtype)[6:]} take {need/1e9:,.2f} GB, "
                          f"more than max_bytes={max_bytes/1e9:,.2f} GB. Store fewer (n), use dtype='bfloat16', or raise it.")
     if missing > free:
-        raise ValueError(f"{rows - have:,} activations take {missing/1e9:,.2f} GB, but only {free/1e9:,.2f} GB are free at {folder}.")
+        raise ValueError(f"{rows - have:,} activations take {missing/1e9:,.2f} GB, "
+                         f"but only {free/1e9:,.2f} GB are free at {folder}.")
 
 # %% ../../nbs/activations/40_store.ipynb #0bb91d7b
 def heldout_size(n: int) -> int:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FREQUENCIES', 'random_features', 'feature_weights', 'draw_features', 'draw_supports', 'SyntheticSource']
 
-# %% ../../nbs/activations/10_synthetic.ipynb #83872885
+# %% ../../nbs/activations/10_synthetic.ipynb #476a141b
 from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from .source import Source, default_device, did_you_mean, digest, generator, positive, register_source
+from .source import Source, default_device, did_you_mean, generator, positive, register_source
 from ..ops.codes import Codes, Pattern, counts_to_offsets
 
 # %% ../../nbs/activations/10_synthetic.ipynb #a8a8ed02

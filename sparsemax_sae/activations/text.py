@@ -110,7 +110,7 @@ def residual(model: nn.Module, block: nn.Module, hook: str, tokens: Tensor) -> T
     except Captured: pass
     return seen[0]
 
-# %% ../../nbs/activations/20_text.ipynb #ebb41b40
+# %% ../../nbs/activations/20_text.ipynb #dbd18272
 HOOKS = ("pre", "post")
 
 @register_source
@@ -134,7 +134,7 @@ class TextSource(Source):
         text_column: str = "text", # column or field that holds the text
         config: str | None = None, # configuration of a hub data set
         split: str = "train", # training split of a hub data set
-        streaming: bool | None = None, # read local files in order instead of all at once; None: if larger than 1 GiB
+        streaming: bool | None = None, # read local files in order instead of all at once; None: if larger than 256 MiB
         buffer: int = 1000, # documents in the shuffle buffer of a hub data set
         tokenizer=None, # name, path or tokenizer; None: the model's own
         dtype: str | torch.dtype | None = None, # of the model; None: float32, or as it is for a loaded model

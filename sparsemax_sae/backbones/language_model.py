@@ -134,7 +134,7 @@ def pair_counts(tokens: torch.Tensor, vocab_size: int) -> csr_array: # (vocab_si
     previous, token = tokens[:, :-1].flatten().numpy(), tokens[:, 1:].flatten().numpy()
     return coo_array((np.ones(len(token)), (previous, token)), shape=(vocab_size, vocab_size)).tocsr()
 
-# %% ../../nbs/backbones/00_language_model.ipynb #d82b9524
+# %% ../../nbs/backbones/00_language_model.ipynb #c5d194e1
 def kneser_ney(
     counts: csr_array,    # pairs in training, as `pair_counts` gives them
     previous: np.ndarray, # (n,)
@@ -142,7 +142,7 @@ def kneser_ney(
 ) -> np.ndarray: # (n,) probabilities
     "Interpolated Kneser–Ney bigram probability of `token` after `previous` (Chen & Goodman 1999, eq. 23)."
     once, twice = (counts.data == 1).sum(), (counts.data == 2).sum()
-    discount = once/max(1, once + 2*twice)
+    discount = once/(once + 2*twice) if once else .5 # without a discount, unseen pairs would have no probability
     total, types = counts.sum(1), np.diff(counts.indptr)
     continuation = (np.bincount(counts.indices, minlength=counts.shape[1]) + 1)/(counts.nnz + counts.shape[1])
     seen = counts[np.array(previous), np.array(token)]
@@ -172,10 +172,10 @@ def cross_entropy_table(
     first, rows = next(iter(splits.items()))
     return table.assign(**{f"{first} per character": table[first]*rows.numel()/len(tokenizer.decode(rows.flatten()))})
 
-# %% ../../nbs/backbones/00_language_model.ipynb #d9fef973
+# %% ../../nbs/backbones/00_language_model.ipynb #b67a01b0
 RECIPES = dict(
     smoke=dict(every=20, rows=32, seq_len=64, tokenizer=dict(vocab_size=1024), model=dict(n_layer=2, n_embd=64, n_head=2, n_positions=64),
-               training=dict(steps=100, batch_size=8, lr=1e-2, warmup=10)),
+               training=dict(steps=200, batch_size=8, lr=1e-2, warmup=20)),
     full=dict(every=1, rows=None, seq_len=256, tokenizer=dict(vocab_size=4096), model=dict(n_layer=4, n_embd=128, n_head=4, n_positions=256),
               training=dict(steps=5000, batch_size=8, lr=3e-3, warmup=200)))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'DASHES', 'style', 'axes_row', 'by_name', 'read_log', 'draw_series', 'log_ticks', 'finish_panel',
-           'plot_training', 'l0_bins', 'as_values', 'draw_l0', 'plot_l0_histogram', 'plot_density']
+           'plot_training', 'l0_bins', 'as_values', 'draw_l0', 'plot_l0_histogram', 'plot_density', 'plot_tradeoff']
 
 # %% ../../nbs/explore/00_plots.ipynb #4c927e51
 import json
@@ -155,4 +155,22 @@ def plot_density(density) -> Figure:
         if dead and len(alive): ax.plot(len(alive), alive[-1], marker="|", ms=10, mew=1.6, color=f"C{i}")
     ax.set(xscale="log", yscale="log", xlabel="rank of the concept", ylabel="density (share of tokens)")
     ax.legend(loc="lower left")
+    return fig
+
+# %% ../../nbs/explore/00_plots.ipynb #684459c3
+def plot_tradeoff(table: pd.DataFrame, x: str = "l0", y: str = "nmse") -> Figure:
+    "A labelled point per row of `table` at its columns `x` and `y`, on two logarithmic axes. Rows without a positive `x` are drawn as horizontal lines."
+    fig, (ax,) = axes_row(height=HEIGHT*1.2)
+    points, lines = table[table[x] > 0], table[~(table[x] > 0)]
+    ax.set(xscale="log", yscale="log", xlabel=f"mean {x}", ylabel=y)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:g}"); axis.set_minor_locator(NullLocator())
+    for i, (name, row) in enumerate(points.iterrows()):
+        ax.plot(row[x], row[y], "o", color=f"C{i % 10}", ms=6)
+        above = points[y][(points[x] / row[x]).between(.4, 2.5)].rank()[name] % 2   # neighbours take turns
+        ax.annotate(name, (row[x], row[y]), xytext=(4, 7 if above else -10), textcoords="offset points", fontsize="small", color=f"C{i % 10}")
+    for name, row in lines.iterrows():
+        ax.axhline(row[y], color="gray", ls="--", lw=1)
+        ax.annotate(f"{name} predictor", (1, row[y]), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", fontsize="small", color="gray")
+    ax.margins(x=.15, y=.12)
     return fig

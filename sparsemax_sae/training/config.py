@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..saes.base import RECIPES, look_up
 
-# %% ../../nbs/training/00_config.ipynb #1450f851
+# %% ../../nbs/training/00_config.ipynb #895c7a23
 @dataclass
 class RunConfig:
     "Everything that determines a training run."
@@ -30,7 +30,7 @@ class RunConfig:
     data_options: dict = field(default_factory=dict)  # further options of the data source: block_size, bos, skip_first, n_features, …
     steps: int = 1500              # optimizer steps
     batch_size: int = 1024         # activations per step
-    lr: float = 2e-3               # Adam's learning rate
+    lr: float = 4e-3               # Adam's learning rate
     betas: tuple = (.9, .99)       # Adam's decay rates
     warmup: int = 100              # steps of linear warm-up
     decay: float = .2              # share of the steps, at the end, over which the rate falls linearly to zero
