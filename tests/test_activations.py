@@ -466,7 +466,7 @@ def test_find_blocks_prefers_the_larger_list(gpt2):
     with pytest.raises(ValueError, match="no list of 7 blocks"): find_blocks(m)
 
 @pytest.mark.parametrize("options, message", [(dict(layer=3), "3 blocks, so layer is one of 0…2; got 3"), (dict(layer=-1), "got -1"), (dict(layer=1.), "got 1.0"), (dict(hook="psot"), "Did you mean 'post'"),
-    (dict(seq_len=65), "64 positions"), (dict(seq_len=1), "at least 2"), (dict(seq_len=0), "seq_len must be"), (dict(skip_first=16), "skip_first < seq_len"), (dict(skip_first=-1), "skip_first"),
+    (dict(seq_len=65), "64 positions"), (dict(seq_len=1), "at least 2"), (dict(seq_len=0), "seq_len=0"), (dict(skip_first=16), "skip_first < seq_len"), (dict(skip_first=-1), "skip_first"),
     (dict(bos="doc"), "There is 'document'"), (dict(dtype="float31"), "Did you mean 'float32'"), (dict(block_size=0), "block_size"), (dict(model_batch=0), "model_batch")])
 def test_text_source_refuses(text_source, gpt2_dir, options, message):
     with pytest.raises(ValueError, match=message): text_source(**dict(dict(model=gpt2_dir), **options))

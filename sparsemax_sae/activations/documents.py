@@ -8,7 +8,7 @@ __all__ = ['READERS', 'HUB', 'DOCS', 'STREAM_ABOVE', 'BOS', 'split_text', 'check
            'join_articles', 'load_hub', 'hub_texts', 'skipping', 'open_hub', 'looks_like_path', 'open_local',
            'open_dataset', 'open_text', 'special_ids', 'Encoder', 'tokenizer_state', 'pack']
 
-# %% ../../nbs/activations/15_documents.ipynb #b7ba70b4
+# %% ../../nbs/activations/15_documents.ipynb #ff0045bf
 import json, re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from fastcore.basics import chunked, patch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .source import cut, did_you_mean, digest, shuffled
+from .source import cut, digest, shuffled
+from ..basics.errors import did_you_mean
 
 # %% ../../nbs/activations/15_documents.ipynb #24e2bd9a
 def split_text(text: str, min_chars: int = 2000) -> Iterator[str]:

@@ -7,7 +7,7 @@ __all__ = ['REBUILD', 'FORMAT', 'IDENTITY', 'OUR_FILES', 'write_whole', 'write_s
            'differences', 'check_budget', 'heldout_size', 'read_manifest', 'stored_rows', 'ActivationStore',
            'to_stored', 'start_build', 'write_manifest', 'write_heldout', 'write_shards', 'StoreSource']
 
-# %% ../../nbs/activations/40_store.ipynb #fffcf6bb
+# %% ../../nbs/activations/40_store.ipynb #641cb248
 import json, os, re, shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .source import Source, default_device, digest, epoch_block, generator, positive, register_source
+from .source import Source, default_device, digest, epoch_block, generator, register_source
+from ..basics.errors import positive
 from .text import as_dtype
 
 # %% ../../nbs/activations/40_store.ipynb #dcf8547d

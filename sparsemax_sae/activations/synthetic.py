@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FREQUENCIES', 'random_features', 'feature_weights', 'draw_features', 'draw_supports', 'SyntheticSource']
 
-# %% ../../nbs/activations/10_synthetic.ipynb #476a141b
+# %% ../../nbs/activations/10_synthetic.ipynb #fc385782
 from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from .source import Source, default_device, did_you_mean, generator, positive, register_source
+from .source import Source, default_device, generator, register_source
+from ..basics.errors import did_you_mean, positive
 from ..ops.codes import Codes, Pattern, counts_to_offsets
 
 # %% ../../nbs/activations/10_synthetic.ipynb #a8a8ed02

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'HOOKS', 'is_causal', 'as_dtype', 'quiet_loading', 'load_pretrained', 'load_tokenizer', 'find_blocks',
            'hooked', 'Captured', 'run_model', 'residual', 'TextSource', 'model_digest']
 
-# %% ../../nbs/activations/20_text.ipynb #08322d88
+# %% ../../nbs/activations/20_text.ipynb #4d2bfcc3
 import inspect, json, re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .documents import DOCS, HUB, READERS, Encoder, looks_like_path, open_text, tokenizer_state
-from .source import (Source, cut, default_device, did_you_mean, digest, generator, positive,
-                                              register_source)
+from .source import Source, cut, default_device, digest, generator, register_source
+from ..basics.errors import did_you_mean, positive
 
 # %% ../../nbs/activations/20_text.ipynb #ac7869cf
 def is_causal(config) -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['available_metrics', 'select_metrics', 'no_codes', 'ZeroPredictor', 'MeanPredictor', 'watch', 'Evaluation', 'measure',
            'check_measured', 'progress_bar', 'evaluate_all', 'evaluate', 'metrics_table', 'with_arrows']
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #472719f3
+# %% ../../nbs/metrics/60_evaluate.ipynb #2062be5d
 import math
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from ..activations.source import did_you_mean, positive
+from ..basics.errors import did_you_mean, positive
 from .reconstruction import DIRECTIONS, METRICS, Metric, NotApplicable, evaluating, register_metric
 from ..ops.codes import Codes, Pattern
 

@@ -161,7 +161,7 @@ def spread(x: Tensor, pattern: Pattern) -> Tensor:
     "Every row's number in `x` (N,), repeated for each of the row's entries: (nnz,)."
     return _Spread.apply(x, pattern)
 
-# %% ../../nbs/ops/30_codes.ipynb #fa32534d
+# %% ../../nbs/ops/30_codes.ipynb #450a3899
 class Codes:
     """Codes of a batch: for each sample the active concepts and their activations.
 
@@ -174,7 +174,7 @@ class Codes:
     @classmethod
     def from_dense(cls, z: Tensor) -> "Codes":
         "Codes backed by the matrix `z` (*leading, d_sae) itself."
-        return cls(None, None, z.shape, z.reshape(-1, z.shape[-1]))
+        return cls(None, None, z.shape, z.reshape(math.prod(z.shape[:-1]), z.shape[-1]))
 
     @property
     def is_dense(self) -> bool:

@@ -8,15 +8,16 @@ __all__ = ['DENSE_ABOVE', 'SCORERS', 'SPARSIFIERS', 'DICTIONARIES', 'AUXILIARIES
            'recipe', 'recipes', 'normalizer', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input',
            'geometric_median', 'make_sae']
 
-# %% ../../nbs/saes/00_base.ipynb #7ab39c76
-import difflib, importlib, inspect, json, pkgutil
+# %% ../../nbs/saes/00_base.ipynb #24ca14e1
+import importlib, inspect, json, pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..ops.codes import Codes, Pattern, pattern_of, sdd, spread
+from ..basics.errors import check_names, did_you_mean, positive
+from ..ops.codes import Codes, Pattern, pattern_of, sdd
 
 # %% ../../nbs/saes/00_base.ipynb #194fba09
 @dataclass
@@ -139,14 +140,12 @@ def _discover():
     package = importlib.import_module("sparsemax_sae.saes")
     for m in pkgutil.iter_modules(package.__path__): importlib.import_module(f"{package.__name__}.{m.name}")
 
-# %% ../../nbs/saes/00_base.ipynb #bd833428
+# %% ../../nbs/saes/00_base.ipynb #86c14c00
 def look_up(registry: dict, name: str, what: str):
     "`registry[name]`; ValueError with a suggestion if there is no such name."
     if name not in registry: _discover()
     if name in registry: return registry[name]
-    near = difflib.get_close_matches(str(name), registry, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}.{hint} Known: {', '.join(sorted(registry))}.")
+    raise ValueError(f"unknown {what} {name!r}.{did_you_mean(name, registry)} Known: {', '.join(sorted(registry))}.")
 
 # %% ../../nbs/saes/00_base.ipynb #4d390453
 @dataclass
@@ -306,7 +305,7 @@ def _options(cls) -> dict:
     "Hyperparameters of a part, with their defaults."
     return {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "d_in", "d_sae")}
 
-# %% ../../nbs/saes/00_base.ipynb #61d837c5
+# %% ../../nbs/saes/00_base.ipynb #0e1d0229
 def _resolve(name: str, hyper: dict) -> dict:
     "The complete configuration of recipe `name` with `hyper` on top."
     r = look_up(RECIPES, name, "architecture")
@@ -317,20 +316,17 @@ def _resolve(name: str, hyper: dict) -> dict:
     for key, value in given.items():
         place = next((config[kind] for kind in kinds if key in config[kind] and key != "name"), config if key in ("normalize", "loss", "pre_bias") else None)
         if place is not None: place[key] = value
-        elif key in hyper: _unknown_option(name, key, config)
+        elif key in hyper: check_names([key], _accepted(config, kinds), f"architecture {name!r} takes no option")
     return dict(arch=name, **config)
 
-def _unknown_option(name: str, key: str, config: dict):
-    known = sorted({k for v in config.values() if isinstance(v, dict) for k in v} - {"name"} | {*config, "scorer", "sparsifier", "dictionary", "aux"})
-    near = difflib.get_close_matches(key, known, 1)
-    raise TypeError(f"architecture {name!r} takes no option {key!r}.{f' Did you mean {near[0]!r}?' if near else ''} It takes: {', '.join(known)}.")
+def _accepted(config: dict, kinds: dict) -> list[str]:
+    "All hyperparameters that the parts of `config`, and the SAE itself, take."
+    return sorted({k for kind in kinds for k in config[kind]} - {"name"} | {*config})
 
-# %% ../../nbs/saes/00_base.ipynb #3a53a2cd
+# %% ../../nbs/saes/00_base.ipynb #3181ae31
 def _check_config(config: dict) -> dict:
     "ValueError if sizes or choices are out of range."
-    for key in ("d_in", "d_sae"):
-        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] <= 0:
-            raise ValueError(f"{key}={config[key]!r}: a positive whole number is needed.")
+    positive(d_in=config["d_in"], d_sae=config["d_sae"])
     for key, accepted in (("normalize", NORMALIZE), ("loss", LOSSES)):
         if config[key] not in accepted: raise ValueError(f"{key}={config[key]!r}: accepted are {', '.join(accepted)}.")
     return config

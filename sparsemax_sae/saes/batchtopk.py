@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['GlobalThreshold', 'BatchTopK']
 
-# %% ../../nbs/saes/batchtopk.ipynb #b4a083c8
+# %% ../../nbs/saes/batchtopk.ipynb #9c60a496
 import torch
 from torch import Tensor
 from ..ops.codes import Codes, Pattern, pattern_of
-from ..ops.topk import batch_topk, batch_topk_select, smallest_active
+from ..ops.topk import batch_topk, batch_topk_select, check_k, smallest_active
 from .base import SPARSIFIERS, Sparsifier, recipe, register
-from .topk import check_k
 
-# %% ../../nbs/saes/batchtopk.ipynb #dc152607
+# %% ../../nbs/saes/batchtopk.ipynb #36ff2bae
 class GlobalThreshold(Sparsifier):
     "Base of sparsifiers that couple a batch in training and use one running `threshold` in evaluation."
     decay = .99
@@ -23,7 +22,7 @@ class GlobalThreshold(Sparsifier):
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
     def observe(self, codes: Codes):
         smallest = smallest_active(codes.values)
-        if not smallest.isfinite(): return
+        if smallest <= 0: return   # nothing was active
         self.threshold += (smallest.to(self.threshold) - self.threshold) * (1 if self.batches == 0 else 1 - self.decay)
         self.batches += 1
 
