@@ -61,6 +61,7 @@ def test_wrong_parameters_stop_the_job_with_a_reason(wrong, message, tmp_path):
 
 def test_the_parameters_explain_themselves():
     _, text, _ = papermill("--help-notebook", TRAIN)
+    assert "Unable to parse" not in text
     for name in ("arch", "preset", "model", "dataset", "layer", "d_sae", "k", "scale", "steps", "lr", "batch_size", "seq_len", "seed", "device", "out"):
         line = next((l for l in text.splitlines() if l.strip().startswith(f"{name}:")), None)
         assert line, name

@@ -66,8 +66,8 @@ def test_a_notebook_was_executed_without_errors(path):
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_a_library_notebook_is_prose_code_example_in_turn(path):
     kinds = ["md" if c.cell_type == "markdown" else "export" if re.match(r"#\|\s*export", c.source) else "code" for c in cells[path]]
-    assert len(kinds) <= 100 and kinds.count("md") >= 4
-    assert kinds.count("code") >= kinds.count("export") / 2, "more examples are needed"
+    assert len(kinds) <= 70 and kinds.count("md") >= 3
+    assert kinds.count("code") >= kinds.count("export") / 3, "more examples are needed"
 
 
 @pytest.mark.parametrize("path", PARAMETERISED, ids=name)
@@ -92,12 +92,11 @@ def functions(tree): return [n for n in ast.walk(tree) if isinstance(n, (ast.Fun
 
 
 def test_public_names_have_docstrings():
-    missing = []
-    for path in MODULES:
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                override = node.args.args and node.args.args[0].annotation is not None if isinstance(node, ast.FunctionDef) else False
-                if not ast.get_docstring(node) and not (override and node.name in ("forward", "observe", "losses")): missing.append(f"{path.stem}.{node.name}")
+    "All but patched methods that override a documented one of a base class."
+    nodes = [(p, n) for p in MODULES for n in ast.parse(p.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    documented = {m.name for p in MODULES for m in functions(ast.parse(p.read_text())) if ast.get_docstring(m)} | {"forward"}
+    patched = lambda n: isinstance(n, ast.FunctionDef) and n.args.args and n.args.args[0].arg == "self"
+    missing = [f"{p.stem}.{n.name}" for p, n in nodes if not ast.get_docstring(n) and not (patched(n) and n.name in documented)]
     assert not missing, missing
 
 
@@ -146,7 +145,7 @@ def tracked():
 
 
 def test_no_absolute_paths_and_no_large_files():
-    machine = re.compile(r"(?<![\w.:/])/(?:home|root|work|Users|opt|usr)/\w")
+    machine = re.compile(r"(?<![\w.:/])/(?:home|root|work|Users|opt)/\w")
     for path in tracked():
         assert path.stat().st_size < 8e6, path
         if path.suffix in (".safetensors", ".png") or path.name in ("LICENSE", "tokenizer.json", "test_repository.py"): continue

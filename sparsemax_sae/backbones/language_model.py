@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['EOS', 'RECIPES', 'train_tokenizer', 'pack', 'tiny_gpt2', 'next_token_loss', 'warmup_cosine', 'train_language_model',
            'evaluate_cross_entropy', 'unigram', 'pair_counts', 'kneser_ney', 'baselines', 'cross_entropy_table',
-           'recipe', 'spread', 'generate', 'block_means', 'provenance', 'save_backbone']
+           'recipe', 'spread', 'generate', 'block_means', 'provenance', 'save_backbone', 'plot_loss']
 
-# %% ../../nbs/backbones/00_language_model.ipynb #8504b761
+# %% ../../nbs/backbones/00_language_model.ipynb #7e126af5
 import importlib.metadata, json, math, platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from matplotlib.figure import Figure
 from scipy.sparse import coo_array, csr_array
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from ..explore.plots import axes_row
 
 # %% ../../nbs/backbones/00_language_model.ipynb #f69c82a7
 EOS = "<|endoftext|>"
@@ -245,3 +247,15 @@ def save_backbone(
     tokenizer.save_pretrained(path)
     (path/"training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
+
+# %% ../../nbs/backbones/00_language_model.ipynb #98623263
+def plot_loss(record: dict) -> Figure:
+    "Training loss against steps, with the held-out cross-entropies of `record` (as in training.json) as dashed lines."
+    fig, (ax,) = axes_row()
+    steps, blocks = record["recipe"]["training"]["steps"], record["loss"]
+    ax.plot([steps * (i + .5) / len(blocks) for i in range(len(blocks))], blocks, label="training loss")
+    for i, (name, nats) in enumerate(record["cross_entropy"]["heldout"].items(), 1):
+        ax.axhline(nats, color=f"C{i}", ls="--", lw=1)
+        ax.text(steps, nats + .06, f"{name}, held-out", fontsize="small", color=f"C{i}", ha="right")
+    ax.set(xlabel="step", ylabel="nats per token", ylim=(min(blocks) - .3, None)); ax.legend(loc="center right")
+    return fig

@@ -18,8 +18,8 @@ def headline(path: Path) -> tuple[str, str]:
     find = lambda mark: next(iter(re.findall(rf"^{mark} (.+)$", text, re.M)), "")
     return find("#"), find(">")
 
-# %% ../../nbs/reproduce/90_readme.ipynb #c54e27bd
-CHAPTERS = dict(ops="The operators", saes="Sparse autoencoders", activations="Where activations come from", training="Training", metrics="Metrics", explore="Looking at results",
+# %% ../../nbs/reproduce/90_readme.ipynb #5e1817eb
+CHAPTERS = dict(basics="Basics", ops="The operators", saes="Sparse autoencoders", activations="Where activations come from", training="Training", metrics="Metrics", explore="Looking at results",
                 reproduce="Reproduction machinery", backbones="The embedded models", paper="The papers' tables and figures", benchmarks="Benchmarks")
 
 def notebooks(chapter: str) -> list[Path]:
