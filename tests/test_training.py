@@ -121,9 +121,38 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path):
     newest = checkpoints(tmp_path/"torn"/"state")[-1]
     assert newest.name == "step-00000020"
     (newest/"tensors.safetensors").write_bytes(b"not what it was")
-    with pytest.warns(UserWarning, match="step-00000020 is damaged.*falling back"):
+    with pytest.warns(UserWarning, match="step-00000020 is damaged.*falling back to step-00000015"):
         torn = train(config(out=tmp_path/"torn"), TensorSource(x), progress=False)
     assert_same_run(torn, whole)
+
+
+def test_when_every_checkpoint_is_damaged_training_starts_over_and_keeps_its_new_ones(tmp_path):
+    x = activations()
+    whole = train(config(out=tmp_path/"whole"), TensorSource(x), progress=False)
+    with pytest.raises(RuntimeError): train(config(out=tmp_path/"torn"), Interrupted(x, 22), progress=False)
+    for p in checkpoints(tmp_path/"torn"/"state"): (p/"tensors.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="starting from the beginning"), pytest.raises(RuntimeError):
+        train(config(out=tmp_path/"torn"), Interrupted(x, 12), progress=False)
+    assert [p.name for p in checkpoints(tmp_path/"torn"/"state")] == ["step-00000005", "step-00000010"]
+    assert_same_run(train(config(out=tmp_path/"torn"), TensorSource(x), progress=False), whole)
+
+
+@pytest.mark.parametrize("arch", sorted(recipes()))
+def test_two_threads_are_as_deterministic_as_one(arch, tmp_path):
+    "At the laptop's sizes sums run in parallel; their order must not."
+    threads, x = torch.get_num_threads(), activations(8000, 32)
+    torch.set_num_threads(2)
+    try:
+        big = dict(d_sae=1024, batch_size=2048, steps=6, normalize="none" if arch == "relu" else None)
+        runs = [train(make_config(arch, "smoke", device="cpu", out=str(tmp_path/str(i)), options=dict(k=32) if "topk" in arch else {}, **big), TensorSource(x), progress=False) for i in range(3)]
+    finally: torch.set_num_threads(threads)
+    assert_same_run(runs[0], runs[1]); assert_same_run(runs[0], runs[2])
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path/"thesis").mkdir(); (tmp_path/"thesis"/"config.json").write_text("mine")
+    with pytest.raises(ValueError, match="nothing there was touched"): train(config(out=tmp_path/"thesis"), TensorSource(activations()), progress=False)
+    assert (tmp_path/"thesis"/"config.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
@@ -183,14 +212,13 @@ def test_a_diverging_run_stops_with_advice(tmp_path):
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(arch="sparsmax"), "Did you mean 'sparsemax'"), (dict(steps=0), "steps=0"), (dict(d_sae=0), "d_sae=0"), (dict(d_sae=-4), "d_sae=-4"),
-    (dict(batch_size=2.5), "batch_size=2.5"), (dict(lr=-1), "lr=-1"), (dict(preset="lapton"), "laptop"), (dict(hook="middle"), "pre, post"), (dict(stesp=3), "Did you mean 'steps'")])
+    (dict(batch_size=2.5), "batch_size=2.5"), (dict(lr=-1), "lr=-1"), (dict(lr=0.), "lr=0.0"), (dict(betas=(.9,)), "two numbers"), (dict(seed="x"), "seed='x'"), (dict(preset="lapton"), "laptop"), (dict(hook="middle"), "pre, post"), (dict(stesp=3), "Did you mean 'steps'")])
 def test_wrong_parameters_are_refused_before_anything_runs(wrong, message):
     with pytest.raises((ValueError, TypeError), match=message): make_config(**dict(dict(arch="topk"), **wrong))
 
 
 def test_an_option_the_architecture_lacks_is_refused():
-    c = make_config("sparsemax", "smoke", options=dict(k=32), device="cpu")
-    with pytest.raises(TypeError, match="takes no option 'k'"): train(c, TensorSource(activations()), progress=False)
+    with pytest.raises(TypeError, match="takes no option 'k'"): make_config("sparsemax", "smoke", options=dict(k=32), device="cpu")
 
 
 def test_cuda_is_refused_where_there_is_none():

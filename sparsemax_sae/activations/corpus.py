@@ -8,12 +8,13 @@ __all__ = ['SPLITS', 'SKIP', 'DOCUMENTED', 'CORPUS_FORMAT', 'package_root', 'sou
            'write_cache', 'read_cache', 'corpus_records', 'docs_corpus', 'corpus_fingerprint', 'package_license',
            'corpus_table']
 
-# %% ../../nbs/activations/05_corpus.ipynb #809c938a
+# %% ../../nbs/activations/05_corpus.ipynb #6300d439
 import ast, hashlib, importlib.metadata, importlib.util, inspect, json, os, re, sys, tempfile, warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
+from tqdm.auto import tqdm
 
 # %% ../../nbs/activations/05_corpus.ipynb #96b2e1e1
 SPLITS = dict(
@@ -107,18 +108,17 @@ def deduplicate(
             elif key not in seen: seen.add(key); kept.append(paragraph); new += len(key)
         yield "\n\n".join(kept) if new >= min_chars else None
 
-# %% ../../nbs/activations/05_corpus.ipynb #32f18077
+# %% ../../nbs/activations/05_corpus.ipynb #6a2f4628
 def extract_corpus(
     splits: dict[str, tuple[str, ...]] = SPLITS,
 ) -> list[dict]: # {split, package, module, text}, in the order of splits, packages, paths and lines
     "Read, clean and deduplicate the documentation of all installed packages of `splits`. About ten seconds."
     seen, records = set(), []
-    for split, packages in splits.items():
-        for package in packages:
-            documents = list(package_documents(package))
-            texts = deduplicate((text for _, text in documents), seen)
-            records += [dict(split=split, package=package, module=module, text=text)
-                        for (module, _), text in zip(documents, texts) if text]
+    packages = [(split, package) for split, names in splits.items() for package in names]
+    for split, package in tqdm(packages, desc="reading documentation", unit="package", delay=2, leave=False):
+        documents = list(package_documents(package))
+        texts = deduplicate((text for _, text in documents), seen)
+        records += [dict(split=split, package=package, module=module, text=text) for (module, _), text in zip(documents, texts) if text]
     return records
 
 # %% ../../nbs/activations/05_corpus.ipynb #1267ffa0

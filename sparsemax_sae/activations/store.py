@@ -216,15 +216,18 @@ def build(cls: ActivationStore,
     write_manifest(folder, manifest | dict(complete=True, cursor=None))
     return cls(folder)
 
-# %% ../../nbs/activations/40_store.ipynb #41ff55ea
+# %% ../../nbs/activations/40_store.ipynb #b194e2b6
 @register_source
 class StoreSource(Source):
     """Activations read from an `ActivationStore` or its path; `source` is what it was built from, for metrics that run the model.
 
     FileNotFoundError or ValueError if there is no complete store, ValueError if `source` is another one."""
     forms = "the folder of an activation store"
-    def __init__(self, store: ActivationStore | str | Path, source: Source | None = None, device=None):
+    def __init__(self, store: ActivationStore | str | Path, source: Source | None = None, model=None, layer: int | None = None, device=None):
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
+        if model is not None or layer is not None:
+            raise ValueError(f"the store at {self.store.path} holds activations of {self.store.manifest['name']}; model={model!r}, layer={layer!r} cannot be chosen again. "
+                             "Leave them out, or pass the source it was built from: StoreSource(store, source=…).")
         self.device, self.source, self.d_in = default_device(device), source, self.store.d_in
         self.name = f"{self.store.manifest['name']}/store"
         differ = differences(self.store.manifest["fingerprint"], source.fingerprint()) if source is not None else ""

@@ -48,7 +48,7 @@ def quiet_loading():
         logging.set_verbosity(verbosity)
         if shown: logging.enable_progress_bar()
 
-# %% ../../nbs/activations/20_text.ipynb #dccb921d
+# %% ../../nbs/activations/20_text.ipynb #c9b956fc
 def load_pretrained(name: str | Path, dtype: torch.dtype) -> nn.Module:
     "The causal LM or encoder at a local path or hub name. OSError that says what was tried if it cannot be loaded."
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -63,11 +63,13 @@ def load_pretrained(name: str | Path, dtype: torch.dtype) -> nn.Module:
                       f"nor to be had from the hub: {e}") from e
 
 def load_tokenizer(name: str | Path):
-    "The tokenizer at a local path or hub name."
+    "The tokenizer at a local path or hub name. OSError if there is none, or an empty one, which is what a folder without tokenizer files yields."
     from transformers import AutoTokenizer
     try:
-        with quiet_loading(): return AutoTokenizer.from_pretrained(name)
+        with quiet_loading(): tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e: raise OSError(f"could not load a tokenizer from {str(name)!r}: {e}") from e
+    if len(tokenizer) > 2: return tokenizer
+    raise OSError(f"{str(name)!r} has a model but no tokenizer; save one beside it, or name one with tokenizer=… (data_options tokenizer=… in train.ipynb).")
 
 # %% ../../nbs/activations/20_text.ipynb #42afc395
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

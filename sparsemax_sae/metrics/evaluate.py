@@ -6,7 +6,7 @@
 __all__ = ['available_metrics', 'select_metrics', 'no_codes', 'ZeroPredictor', 'MeanPredictor', 'watch', 'Evaluation', 'measure',
            'check_measured', 'progress_bar', 'evaluate_all', 'evaluate', 'metrics_table', 'with_arrows']
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #2062be5d
+# %% ../../nbs/metrics/60_evaluate.ipynb #834a8854
 import math
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -14,7 +14,7 @@ from pkgutil import iter_modules
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from ..basics.errors import did_you_mean, positive
 from .reconstruction import DIRECTIONS, METRICS, Metric, NotApplicable, evaluating, register_metric
 from ..ops.codes import Codes, Pattern
@@ -108,10 +108,10 @@ def check_measured(results: Mapping[str, Evaluation], wanted: Iterable[type[Metr
         reasons = [r.omitted.get(cls.name) for r in results.values()]
         if reasons and all(reasons): raise NotApplicable(reasons[0])
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #e42b8327
+# %% ../../nbs/metrics/60_evaluate.ipynb #da512298
 def progress_bar(batches: Iterable, total: int, progress: bool | None = None) -> Iterable:
     "`batches` behind a bar that appears after three seconds; `progress` True, False, or None for terminals only."
-    return tqdm(batches, total=total, desc="evaluate", unit="batch", leave=False, delay=3, disable=None if progress is None else not progress)
+    return tqdm(batches, total=total, desc="evaluate", unit="batch", leave=False, delay=3, disable=progress is False)
 
 # %% ../../nbs/metrics/60_evaluate.ipynb #3a06ba3b
 def evaluate_all(saes: Mapping, source, n: int = 1 << 16, n_sequences: int = 64, metrics: str | Iterable[str] | None = None, batch_size: int = 4096,

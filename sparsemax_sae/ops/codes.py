@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['row_ids', 'counts_to_offsets', 'transpose_layout', 'Pattern', 'spmm', 'sdd', 'spmm_t', 'segment_sum', 'spread',
-           'Codes', 'pattern_of']
+           'per_entry', 'Codes', 'pattern_of']
 
 # %% ../../nbs/ops/30_codes.ipynb #2add2977
 import math
@@ -38,14 +38,14 @@ def _bag(values: Tensor, indices: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     if len(indices) == 0: return W.new_zeros(len(offsets) - 1, W.shape[1])
     return F.embedding_bag(indices, W, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
 
-# %% ../../nbs/ops/30_codes.ipynb #114904f6
+# %% ../../nbs/ops/30_codes.ipynb #3eec8a21
 def _dots(q: Tensor, K: Tensor, rows: Tensor, indices: Tensor, chunk: int = 1 << 24) -> Tensor:
     "q[rows[e]]·K[indices[e]] for every entry e: (nnz,)."
     step = max(1, chunk // max(1, q.shape[1]))
-    parts = [torch.linalg.vecdot(q[r], K[i]) for r, i in zip(rows.split(step), indices.split(step))]
+    parts = [(q[r] * K[i]).sum(1) for r, i in zip(rows.split(step), indices.split(step))]
     return torch.cat(parts) if parts else q.new_zeros(0)
 
-# %% ../../nbs/ops/30_codes.ipynb #4e63d348
+# %% ../../nbs/ops/30_codes.ipynb #73c35e84
 class Pattern:
     "Which concepts (`indices` (nnz,)) are active in which row (`offsets` (N+1,)) of an (N, n_cols) matrix."
     def __init__(self, indices: Tensor, offsets: Tensor, n_cols: int):
@@ -66,6 +66,8 @@ class Pattern:
 
     @property
     def shape(self) -> tuple[int, int]: return len(self.offsets) - 1, self.n_cols
+    @property
+    def density(self) -> float: return len(self) / max(1, self.shape[0] * self.n_cols)
     def __len__(self) -> int: return len(self.indices)
     def __repr__(self) -> str: return f"Pattern({self.shape[0]}×{self.n_cols}, {len(self)} entries)"
 
@@ -161,6 +163,19 @@ def spread(x: Tensor, pattern: Pattern) -> Tensor:
     "Every row's number in `x` (N,), repeated for each of the row's entries: (nnz,)."
     return _Spread.apply(x, pattern)
 
+# %% ../../nbs/ops/30_codes.ipynb #62460a4b
+class _PerEntry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p, pattern):
+        ctx.pattern = pattern
+        return p[pattern.indices]
+    @staticmethod
+    def backward(ctx, g): return spmm_t(g, g.new_ones(ctx.pattern.shape[0], 1), ctx.pattern)[:, 0], None
+
+def per_entry(p: Tensor, pattern: Pattern | None) -> Tensor:
+    "Every concept's number in `p` (n_cols,), repeated for each of its entries: (nnz,). `p` itself, to broadcast over rows, if `pattern` is None."
+    return p if pattern is None else _PerEntry.apply(p, pattern)
+
 # %% ../../nbs/ops/30_codes.ipynb #450a3899
 class Codes:
     """Codes of a batch: for each sample the active concepts and their activations.
@@ -240,7 +255,7 @@ def __matmul__(self: Codes, W: Tensor) -> Tensor:
     out = self._dense @ W if self.is_dense else spmm(self.values, W, self.pattern)
     return out.reshape(*self.shape[:-1], W.shape[1])
 
-# %% ../../nbs/ops/30_codes.ipynb #427e2421
+# %% ../../nbs/ops/30_codes.ipynb #2c8f985a
 @patch
 def l0(self: Codes) -> Tensor:
     "Number of nonzero activations of each sample: (*leading,) int64."
@@ -256,7 +271,7 @@ def counts(self: Codes) -> Tensor:
 @patch
 def density(self: Codes) -> float:
     "Share of stored entries among all N·d_sae."
-    return len(self.pattern) / max(1, len(self) * self.d_sae)
+    return self.pattern.density
 
 # %% ../../nbs/ops/30_codes.ipynb #b267911f
 @patch

@@ -18,13 +18,13 @@ def headline(path: Path) -> tuple[str, str]:
     find = lambda mark: next(iter(re.findall(rf"^{mark} (.+)$", text, re.M)), "")
     return find("#"), find(">")
 
-# %% ../../nbs/reproduce/90_readme.ipynb #5e1817eb
+# %% ../../nbs/reproduce/90_readme.ipynb #fb8cc627
 CHAPTERS = dict(basics="Basics", ops="The operators", saes="Sparse autoencoders", activations="Where activations come from", training="Training", metrics="Metrics", explore="Looking at results",
                 reproduce="Reproduction machinery", backbones="The embedded models", paper="The papers' tables and figures", benchmarks="Benchmarks")
 
 def notebooks(chapter: str) -> list[Path]:
-    "The notebooks of a chapter (\"\" for the top level) in reading order: numbered ones by number, then the others by name, 99 last."
-    key = lambda p: (0 if p.name[:2].isdigit() and p.name[:2] != "99" else 2 if p.name[:2] == "99" else 1, p.name)
+    "The notebooks of a chapter (\"\" for the top level) in reading order: numbered ones by number, then the others by name, 99 last; train comes first of all."
+    key = lambda p: (0 if p.stem == "train" or p.name[:2].isdigit() and p.name[:2] != "99" else 2 if p.name[:2] == "99" else 1, p.name)
     return sorted((p for p in (root()/"nbs"/chapter).glob("*.ipynb") if p.name != "index.ipynb"), key=key)
 
 # %% ../../nbs/reproduce/90_readme.ipynb #a5de7989

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DENSE_ABOVE', 'SCORERS', 'SPARSIFIERS', 'DICTIONARIES', 'AUXILIARIES', 'RECIPES', 'NORMALIZE', 'LOSSES', 'Scores',
-           'Part', 'Scorer', 'Encoding', 'Sparsifier', 'per_entry', 'Dictionary', 'register', 'look_up', 'Recipe',
-           'recipe', 'recipes', 'normalizer', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input',
-           'geometric_median', 'make_sae']
+           'Part', 'Scorer', 'Encoding', 'Sparsifier', 'Dictionary', 'register', 'look_up', 'Recipe', 'recipe',
+           'recipes', 'normalizer', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input', 'geometric_median',
+           'resolve', 'make_sae']
 
-# %% ../../nbs/saes/00_base.ipynb #24ca14e1
+# %% ../../nbs/saes/00_base.ipynb #266c93bd
 import importlib, inspect, json, pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from fastcore.basics import patch
 from ..basics.errors import check_names, did_you_mean, positive
-from ..ops.codes import Codes, Pattern, pattern_of, sdd
+from ..ops.codes import Codes, Pattern, pattern_of, per_entry, sdd
 
-# %% ../../nbs/saes/00_base.ipynb #194fba09
+# %% ../../nbs/saes/00_base.ipynb #7124f447
 @dataclass
 class Scores:
     "s = queries @ keys.T + bias, with the columns where `mask` is False set to 0. Shapes: (N, d), (M, d), (M,), (M,) bool."
@@ -40,7 +40,7 @@ class Scores:
     def at(self, pattern: Pattern) -> Tensor:
         "The scores (nnz,) on `pattern`, with sparse gradients for queries, keys and bias."
         s = sdd(self.queries, self.keys, pattern)
-        if self.bias is not None: s = s + self.bias[pattern.indices]
+        if self.bias is not None: s = s + per_entry(self.bias, pattern)
         return s if self.mask is None else s.masked_fill(~self.mask[pattern.indices], 0)
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -90,24 +90,24 @@ class Sparsifier(Part):
         "Extra loss terms by name, weighted."
         return {}
 
-# %% ../../nbs/saes/00_base.ipynb #185c3fe6
+# %% ../../nbs/saes/00_base.ipynb #abb60fab
+@patch
+@torch.no_grad()
+def find_active(self: Sparsifier, s: Tensor, probe: int = 64) -> Pattern | None:
+    "The active entries of the scores `s` (N, M); None if, judged by `probe` rows, they are too many for index lists."
+    if self.path == "dense" or self.path == "auto" and self.select(s[:probe]).density > DENSE_ABOVE: return None
+    return self.select(s)
+
 @patch
 def encode(self: Sparsifier, scores: Scores) -> Encoding:
     "Codes of a batch, by index lists where the active entries are few, by matrices where they are many."
     s = scores.dense()
-    if self.path != "dense":
-        with torch.no_grad(): pattern = self.select(s.detach())
-        if self.path == "sparse" or len(pattern) <= DENSE_ABOVE * s.numel():
-            a = scores.at(pattern)
-            return Encoding(Codes(self.activate(a, pattern), pattern, s.shape), a, pattern, scores)
-    return Encoding(Codes.from_dense(self.dense(s)), s, None, scores)
+    pattern = self.find_active(s.detach())
+    if pattern is None: return Encoding(Codes.from_dense(self.dense(s)), s, None, scores)
+    a = scores.at(pattern)
+    return Encoding(Codes(self.activate(a, pattern), pattern, s.shape), a, pattern, scores)
 
-# %% ../../nbs/saes/00_base.ipynb #c69dd14f
-def per_entry(p: Tensor, pattern: Pattern | None) -> Tensor:
-    "The parameter `p` (M,) for every active entry (nnz,); `p` itself, to broadcast over rows, if `pattern` is None."
-    return p if pattern is None else p[pattern.indices]
-
-# %% ../../nbs/saes/00_base.ipynb #d26206b0
+# %% ../../nbs/saes/00_base.ipynb #02d0689f
 class Dictionary(Part):
     "Codes → activations. `b_dec` (d_in,) is its bias, or None."
     def __init__(self, d_in: int, d_sae: int):
@@ -119,6 +119,9 @@ class Dictionary(Part):
     def weight(self) -> Tensor:
         "The concepts as they enter the reconstruction: (d_sae, d_in)."
         raise NotImplementedError
+    def weight_dtype(self) -> torch.dtype:
+        "Dtype of the parameters."
+        return next(self.parameters()).dtype
     def norms(self) -> Tensor | None:
         "Row norms (d_sae,) where they are cheap and not 1, for norm-weighted penalties; else None."
     def before_step(self): "Project gradients before the optimizer's step."
@@ -169,14 +172,14 @@ def recipes() -> dict[str, Recipe]:
     _discover()
     return dict(sorted(RECIPES.items()))
 
-# %% ../../nbs/saes/00_base.ipynb #90f435fa
+# %% ../../nbs/saes/00_base.ipynb #7c9abe46
 NORMALIZE = ("none", "unit", "standardize")
 
 def normalizer(x: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     "(u, shift, scale) with x = u·scale + shift; u (N, d), shift and scale (N, 1)."
     shift = x.mean(-1, keepdim=True) if mode == "standardize" else torch.zeros_like(x[..., :1])
     if mode == "none": return x, shift, torch.ones_like(shift)
-    scale = x.std(-1, keepdim=True) + 1e-5 if mode == "standardize" else x.norm(dim=-1, keepdim=True)
+    scale = x.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) + 1e-5 if mode == "standardize" else x.norm(dim=-1, keepdim=True)
     return (x - shift) / scale.clamp_min(1e-12), shift, scale
 
 # %% ../../nbs/saes/00_base.ipynb #d91d63cc
@@ -234,47 +237,62 @@ def check_input(x: Tensor, d_in: int) -> Tensor:
         raise ValueError(f"activations contain NaN or infinity, first in row {row} of {len(flat)}; drop such rows, or look for an overflow upstream.")
     return flat
 
-# %% ../../nbs/saes/00_base.ipynb #52da8b9e
+# %% ../../nbs/saes/00_base.ipynb #05063656
+@patch
+def normalised(self: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "(u, shift, scale) of activations `x` (*leading, d_in), as `normalizer`, with u (N, d_in) in the SAE's dtype. ValueError: wrong width, NaN."
+    dtype = self.dictionary.weight_dtype()
+    u, shift, scale = normalizer(check_input(x, self.d_in).to(torch.promote_types(dtype, torch.float32)), self.normalize)
+    return u.to(dtype), shift, scale
+
 @patch
 def _encode(self: SAE, u: Tensor) -> Encoding:
     "Encoding of normalised activations `u` (N, d_in)."
-    return self.sparsifier.encode(self.scorer(u - self.dictionary.b_dec if self.pre_bias else u))
+    b = self.dictionary.b_dec if self.pre_bias else None
+    return self.sparsifier.encode(self.scorer(u if b is None else u - b))
 
+# %% ../../nbs/saes/00_base.ipynb #3482791c
 @patch
 def encode(self: SAE, x: Tensor) -> Codes:
-    "Codes over (*leading, d_sae) of activations `x` (*leading, d_in). ValueError: wrong width, NaN."
-    u, *_ = normalizer(check_input(x, self.d_in), self.normalize)
-    codes = self._encode(u).codes
+    """Codes over (*leading, d_sae) of activations `x` (*leading, d_in). ValueError: wrong width, NaN.
+
+    In training mode sparsifiers that share a budget (BatchTopK) couple the samples of a batch; in eval mode every sample stands alone.
+    """
+    codes = self._encode(self.normalised(x)[0]).codes
     return (codes if codes.is_dense else codes.compact()).view(*x.shape[:-1])
 
-# %% ../../nbs/saes/00_base.ipynb #9379b265
+# %% ../../nbs/saes/00_base.ipynb #6e7e8719
 @patch
-def decode(self: SAE, codes: Codes) -> Tensor:
-    """x_hat (*leading, d_in) of `codes`, in the SAE's own units.
+def decode(self: SAE, codes: Codes, like: Tensor | None = None) -> Tensor:
+    """x_hat (*leading, d_in) of `codes`.
 
-    With `normalize="none"` these are the units of x; otherwise a code does not know the norm of its input: see `reconstruct`.
+    A code does not know the norm and mean of its activation. Pass the activations as `like` (*leading, d_in) to get x_hat in their units;
+    without them it is in the SAE's own units, which are the same only for `normalize="none"`.
     """
-    return self.dictionary(codes)
+    u_hat = self.dictionary(codes)
+    if like is None: return u_hat
+    _, shift, scale = self.normalised(like)
+    return (u_hat.reshape(-1, self.d_in) * scale + shift).reshape(like.shape).to(like.dtype)
 
 @patch
 def reconstruct(self: SAE, x: Tensor) -> tuple[Tensor, Codes]:
-    "(x_hat in the units of x (*leading, d_in), codes): encode, decode, undo the normalisation."
-    u, shift, scale = normalizer(check_input(x, self.d_in), self.normalize)
+    "(x_hat in the units of x (*leading, d_in), codes): encode, decode, undo the normalisation. ValueError: wrong width, NaN."
+    u, shift, scale = self.normalised(x)
     codes = self._encode(u).codes
     x_hat = self.dictionary(codes) * scale + shift
     return x_hat.reshape(x.shape).to(x.dtype), codes.view(*x.shape[:-1])
 
-# %% ../../nbs/saes/00_base.ipynb #b3a4fac5
+# %% ../../nbs/saes/00_base.ipynb #9cf6d4eb
 @patch
 def forward(self: SAE, x: Tensor) -> SAEOutput:
     "x_hat, codes, loss and its parts for activations `x` (*leading, d_in). In training mode running statistics are updated. ValueError: wrong width, NaN."
-    u, shift, scale = normalizer(check_input(x, self.d_in), self.normalize)
+    u, shift, scale = self.normalised(x)
     enc = self._encode(u)
     u_hat = self.dictionary(enc.codes)
     parts = dict(reconstruction=reconstruction_loss(u, u_hat, scale, self.loss_name),
                  **self.sparsifier.losses(enc, u, self.dictionary), **self.aux.losses(enc, u, u_hat, self.dictionary))
     if self.training: self.observe(enc.codes.detach())
-    x_hat = (u_hat * scale + shift).reshape(x.shape)
+    x_hat = (u_hat * scale + shift).reshape(x.shape).to(x.dtype)
     return SAEOutput(x_hat, enc.codes.view(*x.shape[:-1]), sum(parts.values()), {k: v.detach() for k, v in parts.items()})
 
 @patch
@@ -282,7 +300,7 @@ def observe(self: SAE, codes: Codes):
     "Show the codes of a training batch to every part that keeps running statistics."
     if len(codes): [part.observe(codes) for part in (self.scorer, self.sparsifier, self.dictionary, self.aux)]
 
-# %% ../../nbs/saes/00_base.ipynb #452631f1
+# %% ../../nbs/saes/00_base.ipynb #13e5e358
 def geometric_median(x: Tensor, steps: int = 100, tol: float = 1e-6) -> Tensor:
     "The point (d,) with the least sum of distances to the rows of `x` (N, d), by Weiszfeld's iteration."
     m = x.mean(0)
@@ -298,16 +316,16 @@ def geometric_median(x: Tensor, steps: int = 100, tol: float = 1e-6) -> Tensor:
 def calibrate(self: SAE, x: Tensor):
     "Fit to a first batch `x` (N, d_in) what should not start at zero: the decoder bias, at the geometric median."
     if self.dictionary.b_dec is not None:
-        self.dictionary.b_dec.copy_(geometric_median(normalizer(check_input(x, self.d_in), self.normalize)[0].float()))
+        self.dictionary.b_dec.copy_(geometric_median(self.normalised(x)[0].float()))
 
 # %% ../../nbs/saes/00_base.ipynb #0876d228
 def _options(cls) -> dict:
     "Hyperparameters of a part, with their defaults."
     return {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "d_in", "d_sae")}
 
-# %% ../../nbs/saes/00_base.ipynb #0e1d0229
-def _resolve(name: str, hyper: dict) -> dict:
-    "The complete configuration of recipe `name` with `hyper` on top."
+# %% ../../nbs/saes/00_base.ipynb #4d2d65a6
+def resolve(name: str, hyper: dict) -> dict:
+    "The complete configuration of recipe `name` with `hyper` on top. ValueError: unknown name. TypeError: unknown option."
     r = look_up(RECIPES, name, "architecture")
     kinds = dict(scorer=(SCORERS, r.scorer), sparsifier=(SPARSIFIERS, r.sparsifier), dictionary=(DICTIONARIES, r.dictionary), aux=(AUXILIARIES, r.aux))
     given = r.hyper | hyper
@@ -323,7 +341,7 @@ def _accepted(config: dict, kinds: dict) -> list[str]:
     "All hyperparameters that the parts of `config`, and the SAE itself, take."
     return sorted({k for kind in kinds for k in config[kind]} - {"name"} | {*config})
 
-# %% ../../nbs/saes/00_base.ipynb #3181ae31
+# %% ../../nbs/saes/00_base.ipynb #d7cdf621
 def _check_config(config: dict) -> dict:
     "ValueError if sizes or choices are out of range."
     positive(d_in=config["d_in"], d_sae=config["d_sae"])
@@ -337,9 +355,9 @@ def make_sae(name: str, d_in: int, d_sae: int, **hyperparameters) -> "SAE":
     Hyperparameters go to the part that takes them (`k`, `scale`, `l1`, …); `scorer`, `sparsifier`, `dictionary` and `aux` replace a part;
     `normalize`, `loss` and `pre_bias` belong to the whole. ValueError: unknown architecture or part, size out of range. TypeError: unknown option.
     """
-    return SAE(_check_config(dict(d_in=d_in, d_sae=d_sae, **_resolve(name, hyperparameters))))
+    return SAE(_check_config(dict(d_in=d_in, d_sae=d_sae, **resolve(name, hyperparameters))))
 
-# %% ../../nbs/saes/00_base.ipynb #f2702ade
+# %% ../../nbs/saes/00_base.ipynb #29dca951
 @patch
 def save_pretrained(self: SAE, path: str | Path):
     "Write `config.json` and `model.safetensors` into the folder `path`."
@@ -354,9 +372,12 @@ def from_pretrained(cls: SAE, path: str | Path, device: str = "cpu") -> SAE:
     path = Path(path)
     for name in ("config.json", "model.safetensors"):
         if not (path/name).is_file(): raise FileNotFoundError(f"no {name} in {path}: an SAE is a folder with config.json and model.safetensors, as save_pretrained writes it.")
-    sae, state = SAE(_check_config(json.loads((path/"config.json").read_text()))), load_file(path/"model.safetensors")
+    try: config, state = json.loads((path/"config.json").read_text()), load_file(path/"model.safetensors")
+    except Exception as e: raise ValueError(f"the SAE in {path} cannot be read: {e}") from e
+    try: sae = SAE(_check_config(config))
+    except (KeyError, TypeError) as e: raise ValueError(f"config.json in {path} does not describe an SAE of this version: {e}") from e
     mine = sae.state_dict()
     wrong = [k for k in mine.keys() | state.keys() if k not in mine or k not in state or mine[k].shape != state[k].shape]
     if wrong: raise ValueError(f"model.safetensors in {path} does not fit its config.json: {', '.join(sorted(wrong))} missing, superfluous or of another shape.")
-    sae.load_state_dict(state)
+    sae.to(next(v.dtype for v in state.values() if v.is_floating_point())).load_state_dict(state)
     return sae.eval().to(device)

@@ -45,10 +45,11 @@ class AuxK(DeadLatents):
         if len(ids) == 0 or len(x) == 0: return {}
         return dict(aux_k=self.aux_weight * residual_loss(x - x_hat, top_active(enc.scores.columns(ids), self.k_aux), ids, dictionary))
 
-# %% ../../nbs/saes/30_dead.ipynb #11c38227
+# %% ../../nbs/saes/30_dead.ipynb #be2759d8
 def residual_loss(e: Tensor, z: Tensor, ids: Tensor, dictionary: Dictionary) -> Tensor:
     "Squared error of reconstructing the residual `e` (N, d_in), held fixed, by codes `z` (N, len(ids)) of the concepts `ids`; relative to its variance."
     e, p = e.detach(), pattern_of(z.detach() != 0)
     values, p.indices, p.n_cols = z[p.rows, p.indices], ids[p.indices], dictionary.d_sae
     e_hat = dictionary(Codes(values, p, (len(e), p.n_cols)), bias=False)
-    return (e - e_hat).pow(2).mean() / (e - e.mean(0)).pow(2).mean().clamp_min(1e-12)
+    variance, power = (e - e.mean(0)).pow(2).mean(), e.pow(2).mean()
+    return (e - e_hat).pow(2).mean() / torch.where(variance > 1e-6*power, variance, power).clamp_min(1e-12)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Gated']
 
-# %% ../../nbs/saes/gated.ipynb #9748b9c1
+# %% ../../nbs/saes/gated.ipynb #91ef7ef5
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..ops.codes import Codes, Pattern, pattern_of
-from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, per_entry, recipe, reconstruction_loss, register
+from ..ops.codes import Codes, Pattern, pattern_of, per_entry
+from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, recipe, reconstruction_loss, register
 from .relu import l1
 
 # %% ../../nbs/saes/gated.ipynb #754a1435

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['rectangle', 'JumpReLU']
 
-# %% ../../nbs/saes/jumprelu.ipynb #730630f2
+# %% ../../nbs/saes/jumprelu.ipynb #bb0324d1
 import math
 import torch
 from torch import Tensor, nn
-from ..ops.codes import Pattern, pattern_of
-from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, per_entry, recipe, register
+from ..ops.codes import Pattern, pattern_of, per_entry
+from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, recipe, register
 
 # %% ../../nbs/saes/jumprelu.ipynb #93a6f663
 def rectangle(a: Tensor, theta: Tensor, eps: float) -> Tensor:
@@ -41,12 +41,13 @@ class _Jump(torch.autograd.Function):
         a, theta = ctx.saved_tensors
         return g * (a > theta), -g * theta * rectangle(a, theta, ctx.eps) / ctx.eps, None
 
-# %% ../../nbs/saes/jumprelu.ipynb #053fc3a1
+# %% ../../nbs/saes/jumprelu.ipynb #86dd2e23
 @register(SPARSIFIERS, "jumprelu")
 class JumpReLU(Sparsifier):
     "z = s·1[s > θ] with the penalty `l0`·‖z‖₀ (arXiv 2407.14435). θ (d_sae,) starts at `theta`; `eps` is the kernel width."
     def __init__(self, d_in: int, d_sae: int, l0: float = 1e-3, theta: float = 1e-3, eps: float = 1e-3):
         super().__init__(d_in, d_sae)
+        if theta <= 0 or eps <= 0: raise ValueError(f"theta={theta!r}, eps={eps!r}: the threshold and the kernel width must be positive.")
         self.l0, self.eps = l0, eps
         self.log_theta = nn.Parameter(torch.full((d_sae,), math.log(theta)))
     def _theta(self, a: Tensor, pattern: Pattern | None) -> Tensor:

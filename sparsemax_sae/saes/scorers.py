@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from ..ops.codes import Codes
 from .base import SCORERS, Scorer, Scores, register
 
-# %% ../../nbs/saes/10_scorers.ipynb #e8739c84
+# %% ../../nbs/saes/10_scorers.ipynb #ab583395
 class Scale(nn.Module):
     "A factor for scores: `scale` is a number, \"1/sqrt(d)\" or \"learned\"."
     def __init__(self, scale: float | str, d_in: int):
         super().__init__()
-        if isinstance(scale, str) and scale not in ("1/sqrt(d)", "learned"):
-            raise ValueError(f"scale={scale!r}: accepted are a number, '1/sqrt(d)' and 'learned'.")
-        self.fixed = None if scale == "learned" else d_in**-.5 if scale == "1/sqrt(d)" else float(scale)
+        try: self.fixed = None if scale == "learned" else d_in**-.5 if scale == "1/sqrt(d)" else float(scale)
+        except (TypeError, ValueError): raise ValueError(f"scale={scale!r}: accepted are a number, '1/sqrt(d)' and 'learned'.") from None
         if self.fixed is None: self.log_scale = nn.Parameter(torch.tensor(d_in**-.5).log())
     def forward(self, q: Tensor) -> Tensor: return q * (self.log_scale.exp() if self.fixed is None else self.fixed)
 

@@ -6,15 +6,15 @@
 __all__ = ['PRESETS', 'INCIDENTAL', 'RunConfig', 'make_config', 'default_preset', 'assigned', 'check_injected', 'parse_options',
            'literal', 'config_from_notebook']
 
-# %% ../../nbs/training/00_config.ipynb #623c2479
+# %% ../../nbs/training/00_config.ipynb #3a26e12e
 import ast, hashlib, json, os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from fastcore.basics import patch
 from ..basics.errors import check_names, positive
-from ..saes.base import RECIPES, look_up
+from ..saes.base import RECIPES, look_up, resolve
 
-# %% ../../nbs/training/00_config.ipynb #895c7a23
+# %% ../../nbs/training/00_config.ipynb #e8a416dd
 @dataclass
 class RunConfig:
     "Everything that determines a training run."
@@ -35,6 +35,7 @@ class RunConfig:
     betas: tuple = (.9, .99)       # Adam's decay rates
     warmup: int = 100              # steps of linear warm-up
     decay: float = .2              # share of the steps, at the end, over which the rate falls linearly to zero
+    dead_after: int = 10_000_000   # a concept is dead when it has not fired for so many samples
     grad_clip: float = 1.          # largest gradient norm; 0: no clipping
     seed: int = 0                  # of initialisation and data order
     device: str = "auto"           # cpu | cuda | auto
@@ -45,10 +46,10 @@ class RunConfig:
     save_every: int = 500          # steps between checkpoints
     out: str | None = None         # folder of the run; None: runs/<id>
 
-# %% ../../nbs/training/00_config.ipynb #c1720a13
+# %% ../../nbs/training/00_config.ipynb #e323a327
 PRESETS = dict(
-    smoke  = dict(d_sae=256, steps=20, batch_size=256, seq_len=64, warmup=5, eval_activations=1024, eval_sequences=4, log_every=5, save_every=10, normalize="standardize"),
-    laptop = dict(normalize="standardize"),
+    smoke  = dict(dead_after=2000, d_sae=256, steps=20, batch_size=256, seq_len=64, warmup=5, eval_activations=1024, eval_sequences=4, log_every=5, save_every=10, normalize="standardize"),
+    laptop = dict(normalize="standardize", dead_after=100_000),
     gpu    = dict(model="gpt2", dataset="openwebtext", layer=8, hook="pre", normalize="standardize", d_sae=12288, steps=30_000, batch_size=8192, lr=3e-4, warmup=1000,
                   amp="bf16", eval_activations=262_144, eval_sequences=512, save_every=2000, log_every=50),
     paper  = dict(model="gpt2", dataset="openwebtext", layer=8, hook="pre", normalize="standardize", d_sae=12288, steps=61_036, batch_size=16_384, lr=3e-4, warmup=1000, decay=0.,
@@ -72,25 +73,34 @@ def default_preset() -> str:
     "\"smoke\" under nbdev_test, `$SPARSEMAX_SAE_PRESET` if set, else \"laptop\"."
     return os.environ.get("SPARSEMAX_SAE_PRESET") or ("smoke" if os.environ.get("IN_TEST") else "laptop")
 
-# %% ../../nbs/training/00_config.ipynb #3786243d
+# %% ../../nbs/training/00_config.ipynb #4b6625fd
 @patch
 def check(self: RunConfig) -> RunConfig:
     "Itself; ValueError that names the first value out of range."
-    positive(**{name: getattr(self, name) for name in ("d_sae", "steps", "batch_size", "seq_len", "eval_activations", "eval_sequences", "log_every", "save_every")})
-    for name, low, high in (("lr", 0, 10), ("warmup", 0, float("inf")), ("decay", 0, 1), ("grad_clip", 0, float("inf"))):
+    positive(**{name: getattr(self, name) for name in ("d_sae", "steps", "batch_size", "seq_len", "eval_activations", "eval_sequences", "log_every", "save_every", "dead_after")})
+    for name, low, high in (("lr", 1e-12, 10), ("warmup", 0, float("inf")), ("decay", 0, 1), ("grad_clip", 0, float("inf"))):
         if isinstance(v := getattr(self, name), (str, bool)) or not low <= v <= high: raise ValueError(f"{name}={v!r}: a number from {low} to {high} is needed.")
     for name, accepted in (("amp", ("none", "bf16")), ("hook", ("pre", "post"))):
         if getattr(self, name) not in accepted: raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(accepted)}.")
-    self.betas = tuple(float(b) for b in self.betas)
+    if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
+        raise ValueError(f"betas={self.betas!r}: two numbers from 0 to below 1 are needed.")
+    if not isinstance(self.seed, int): raise ValueError(f"seed={self.seed!r}: a whole number is needed.")
+    self.betas = tuple(map(float, self.betas))
+    resolve(self.arch, self.sae_options())   # unknown options are refused here, before anything is loaded
     return self
 
-# %% ../../nbs/training/00_config.ipynb #37ce734d
-INCIDENTAL = ("preset", "device", "log_every", "save_every", "out")
+@patch
+def sae_options(self: RunConfig) -> dict:
+    "The hyperparameters for `make_sae`."
+    return dict(self.options) | (dict(normalize=self.normalize) if self.normalize else {})
+
+# %% ../../nbs/training/00_config.ipynb #bdd34edd
+INCIDENTAL = ("preset", "device", "eval_activations", "eval_sequences", "log_every", "save_every", "out", "options", "normalize")
 
 @patch
 def id(self: RunConfig, fingerprint: dict | None = None) -> str:
     "`<arch>-<8 hex digits>`, a function of what determines the result."
-    what = {k: v for k, v in asdict(self).items() if k not in INCIDENTAL}
+    what = {k: v for k, v in asdict(self).items() if k not in INCIDENTAL} | dict(sae=resolve(self.arch, self.sae_options()))
     text = json.dumps([what, fingerprint], sort_keys=True, default=str)
     return f"{self.arch}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -23,10 +23,11 @@ from .checkpoint import (atomic_folder, load_checkpoint, make_manifest, read_jso
                                                training_state, truncate_log, write_json, write_text)
 from .config import RunConfig, make_config
 
-# %% ../../nbs/training/10_trainer.ipynb #36683754
+# %% ../../nbs/training/10_trainer.ipynb #447bf298
 def run_device(config: RunConfig) -> torch.device:
     "The device `config` asks for; ValueError for CUDA where there is none."
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"): raise ValueError(f"device={config.device!r}: accepted are cpu, cuda, cuda:<n> and auto.")
     if name.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device={config.device!r}, but torch sees no CUDA device; use device='cpu' or 'auto'.")
     return torch.device(name)
 
@@ -36,10 +37,10 @@ def run_source(config: RunConfig) -> Source:
     return make_source(config.dataset, config.model, config.layer, hook=config.hook, seq_len=config.seq_len, seed=config.seed,
                        device=str(run_device(config)), **config.data_options)
 
-# %% ../../nbs/training/10_trainer.ipynb #efe8b8ff
+# %% ../../nbs/training/10_trainer.ipynb #60f16ec4
 def run_sae(config: RunConfig, d_in: int) -> SAE:
     "A freshly initialised SAE, a function of `config` alone."
-    options = dict(config.options) | (dict(normalize=config.normalize) if config.normalize else {})
+    options = dict(dead_after=config.dead_after) | config.sae_options()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return make_sae(config.arch, d_in, config.d_sae, **options).to(run_device(config)).train()
@@ -77,7 +78,7 @@ def log_line(step: int, out: SAEOutput, sae: SAE, lr: float, samples_per_s: floa
     return dict(step=step, loss=out.loss.item(), **{k: v.item() for k, v in out.parts.items()}, l0=l0.mean().item(), l0_std=l0.std(correction=0).item(),
                 dead_fraction=sae.aux.dead_fraction(), lr=lr, samples_per_s=round(samples_per_s, 1))
 
-# %% ../../nbs/training/10_trainer.ipynb #a73b843a
+# %% ../../nbs/training/10_trainer.ipynb #350c7ef3
 class Run:
     "A run directory: `config`, `manifest`, `log`, `sae`, `metrics`."
     def __init__(self, path: str | Path): self.path = Path(path)
@@ -87,7 +88,7 @@ class Run:
     @property
     def manifest(self) -> dict: return read_json(self.path/"manifest.json")
     @property
-    def finished(self) -> bool: return (self.path/"manifest.json").exists() and self.manifest["status"] == "finished"
+    def finished(self) -> bool: return (self.path/"sae"/"config.json").exists() and self.manifest["status"] == "finished"
     def log(self) -> pd.DataFrame:
         "The training log, one row per logged step."
         return pd.DataFrame(read_log(self.path/"log.jsonl"))
@@ -101,7 +102,7 @@ class Run:
     def save_metrics(self, metrics: dict): write_json(self.path/"metrics.json", metrics)
     def metrics(self) -> dict: return read_json(self.path/"metrics.json")
 
-# %% ../../nbs/training/10_trainer.ipynb #e4176ffd
+# %% ../../nbs/training/10_trainer.ipynb #ee568a4d
 def open_run(config: RunConfig, fingerprint: dict) -> Run:
     "The run directory for `config` on data with `fingerprint`, created if need be. ValueError if it holds another run."
     id = config.id(fingerprint)
@@ -109,10 +110,12 @@ def open_run(config: RunConfig, fingerprint: dict) -> Run:
     if (run.path/"manifest.json").exists():
         if run.manifest.get("id") != id:
             raise ValueError(f"{run.path} already holds the run {run.manifest.get('id')}, not {id}: choose another `out`, or delete it.")
-        return run
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_text(run.path/"config.json", config.to_json())
-    write_json(run.path/"manifest.json", dict(id=id, **make_manifest(run_device(config), fingerprint)))
+    elif run.path.exists() and any(p.suffix != ".part" for p in run.path.iterdir()):
+        raise ValueError(f"{run.path} is not empty and holds no run: choose another `out`, nothing there was touched.")
+    else:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.path/"manifest.json", dict(id=id, **make_manifest(run_device(config), fingerprint)))
+    if not (run.path/"config.json").exists(): write_text(run.path/"config.json", config.to_json())
     return run
 
 # %% ../../nbs/training/10_trainer.ipynb #ecdbc525
