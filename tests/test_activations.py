@@ -687,3 +687,10 @@ def test_cuda(texts, gpt2_dir):
     assert run[0][0].is_cuda and run[0][0].dtype == torch.float32 and torch.equal(next(s.stream(50, cursor=run[3][1]))[0], run[4][0])
     tokens = next(s.heldout_tokens(4))
     assert torch.equal(s.token_losses(tokens), s.token_losses(tokens, lambda x: x.clone()))
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path):
+    "transformers would make up an empty tokenizer, and every token would be the same one."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=300, n_positions=64)).save_pretrained(tmp_path/"model")
+    with pytest.raises(OSError, match="no tokenizer; save one beside it, or name one with tokenizer="): make_source("docs", model=tmp_path/"model")

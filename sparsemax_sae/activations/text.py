@@ -112,13 +112,14 @@ def residual(model: nn.Module, block: nn.Module, hook: str, tokens: Tensor) -> T
     except Captured: pass
     return seen[0]
 
-# %% ../../nbs/activations/20_text.ipynb #dbd18272
+# %% ../../nbs/activations/20_text.ipynb #3f6d3e9e
 HOOKS = ("pre", "post")
 
 @register_source
 class TextSource(Source):
     """Residual stream activations of a Hugging Face causal LM or encoder over text.
 
+    `model` may be a loaded module: it is then used as it is, and so moved, cast, frozen and put in eval mode itself, not a copy.
     ValueError for an unknown hook, layer, `bos`, dtype, or a `seq_len` beyond the model's positions;
     FileNotFoundError or OSError for data or models that are not there."""
     datasets = DOCS | {k: f"{v['path']} on the Hugging Face hub, streamed" for k, v in HUB.items()}

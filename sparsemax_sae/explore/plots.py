@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'DASHES', 'style', 'axes_row', 'by_name', 'read_log', 'draw_series', 'log_ticks', 'finish_panel',
-           'plot_training', 'l0_bins', 'as_values', 'draw_l0', 'plot_l0_histogram', 'plot_density', 'plot_tradeoff']
+           'plot_training', 'l0_bins', 'as_values', 'draw_l0', 'plot_l0_histogram', 'plot_density', 'label_points',
+           'plot_tradeoff']
 
 # %% ../../nbs/explore/00_plots.ipynb #4c927e51
 import json
@@ -157,7 +158,21 @@ def plot_density(density) -> Figure:
     ax.legend(loc="lower left")
     return fig
 
-# %% ../../nbs/explore/00_plots.ipynb #684459c3
+# %% ../../nbs/explore/00_plots.ipynb #f28cf3d0
+def label_points(ax: Axes, points: Mapping) -> None:
+    "Write the name beside each of `points` {name: (x, y)}, moved up or down as little as needed to keep clear of the others, with a leader line where it moved."
+    ax.figure.draw_without_rendering()
+    at = {name: ax.transData.transform(xy) * 72 / ax.figure.dpi for name, xy in points.items()}
+    taken = [(x - 5, x + 5, y) for x, y in at.values()]   # left, right, height of what must not be covered, in points
+    for name, (x, y) in sorted(at.items(), key=lambda o: o[1][1]):
+        left, right = x + 8, x + 8 + 4.8 * len(name)
+        free = lambda d: all(abs(y + d - t) >= 9 or right < l or r < left for l, r, t in taken)
+        move = next(filter(free, sorted(range(-90, 91, 3), key=abs)), 0)
+        taken.append((left, right, y + move))
+        ax.annotate(name, points[name], xytext=(8, move), textcoords="offset points", va="center", fontsize="small", color=".2",
+                    arrowprops=dict(arrowstyle="-", lw=.5, color=".6", shrinkA=0, shrinkB=3) if abs(move) > 4 else None)
+
+# %% ../../nbs/explore/00_plots.ipynb #13080a60
 def plot_tradeoff(table: pd.DataFrame, x: str = "l0", y: str = "nmse") -> Figure:
     "A labelled point per row of `table` at its columns `x` and `y`, on two logarithmic axes. Rows without a positive `x` are drawn as horizontal lines."
     fig, (ax,) = axes_row(height=HEIGHT*1.2)
@@ -165,12 +180,10 @@ def plot_tradeoff(table: pd.DataFrame, x: str = "l0", y: str = "nmse") -> Figure
     ax.set(xscale="log", yscale="log", xlabel=f"mean {x}", ylabel=y)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:g}"); axis.set_minor_locator(NullLocator())
-    for i, (name, row) in enumerate(points.iterrows()):
-        ax.plot(row[x], row[y], "o", color=f"C{i % 10}", ms=6)
-        above = points[y][(points[x] / row[x]).between(.4, 2.5)].rank()[name] % 2   # neighbours take turns
-        ax.annotate(name, (row[x], row[y]), xytext=(4, 7 if above else -10), textcoords="offset points", fontsize="small", color=f"C{i % 10}")
+    ax.plot(points[x], points[y], "o", ms=6)
     for name, row in lines.iterrows():
         ax.axhline(row[y], color="gray", ls="--", lw=1)
         ax.annotate(f"{name} predictor", (1, row[y]), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", fontsize="small", color="gray")
-    ax.margins(x=.15, y=.12)
+    ax.margins(x=.2, y=.12)
+    label_points(ax, {name: (row[x], row[y]) for name, row in points.iterrows()})
     return fig
