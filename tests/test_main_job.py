@@ -44,7 +44,7 @@ def check_run(folder):
 @pytest.mark.parametrize("arch, more", [("sparsemax", []), ("topk", ["-p", "k", 8]), ("jumprelu", ["-p", "options", "theta=0.5 eps=0.2"]), ("sparsemax_release", [])])
 def test_papermill_smoke(arch, more, tmp_path):
     status, text, peak = papermill(TRAIN, tmp_path/"out.ipynb", "-p", "arch", arch, "-p", "preset", "smoke", "-p", "out", tmp_path/"run", *more)
-    assert status == 0, text[-3000:]
+    assert status == 0 and "Unable to parse" not in text, text[-3000:]
     sae, metrics = check_run(tmp_path/"run")
     assert sae.config["arch"] == arch and arch in metrics and peak < 3
     if arch == "topk": assert metrics[arch]["l0"] == pytest.approx(8, abs=.01)
@@ -62,7 +62,7 @@ def test_wrong_parameters_stop_the_job_with_a_reason(wrong, message, tmp_path):
 def test_the_parameters_explain_themselves():
     _, text, _ = papermill("--help-notebook", TRAIN)
     assert "Unable to parse" not in text
-    for name in ("arch", "preset", "model", "dataset", "layer", "d_sae", "k", "scale", "steps", "lr", "batch_size", "seq_len", "seed", "device", "out"):
+    for name in ("arch", "preset", "model", "dataset", "layer", "d_sae", "k", "scale", "steps", "lr", "batch_size", "seq_len", "seed", "device", "out", "options", "data_options"):
         line = next((l for l in text.splitlines() if l.strip().startswith(f"{name}:")), None)
         assert line, name
     assert all(arch in text for arch in recipes())
