@@ -16,7 +16,7 @@ from sparsemax_sae.activations.source import TensorSource
 from sparsemax_sae.training import checkpoint
 from sparsemax_sae.training.checkpoint import checkpoints, load_checkpoint, read_log
 from sparsemax_sae.training.config import make_config
-from sparsemax_sae.training.trainer import Run, learning_rate, open_run, train
+from sparsemax_sae.training.trainer import Run, learning_rate, train
 
 OPTIONS = dict(topk=dict(k=4), batchtopk=dict(k=4), jumprelu=dict(theta=.5, eps=.2))
 

@@ -107,7 +107,7 @@ def encode(self: Sparsifier, scores: Scores) -> Encoding:
     a = scores.at(pattern)
     return Encoding(Codes(self.activate(a, pattern), pattern, s.shape), a, pattern, scores)
 
-# %% ../../nbs/saes/00_base.ipynb #02d0689f
+# %% ../../nbs/saes/00_base.ipynb #d26206b0
 class Dictionary(Part):
     "Codes → activations. `b_dec` (d_in,) is its bias, or None."
     def __init__(self, d_in: int, d_sae: int):
@@ -119,9 +119,6 @@ class Dictionary(Part):
     def weight(self) -> Tensor:
         "The concepts as they enter the reconstruction: (d_sae, d_in)."
         raise NotImplementedError
-    def weight_dtype(self) -> torch.dtype:
-        "Dtype of the parameters."
-        return next(self.parameters()).dtype
     def norms(self) -> Tensor | None:
         "Row norms (d_sae,) where they are cheap and not 1, for norm-weighted penalties; else None."
     def before_step(self): "Project gradients before the optimizer's step."
@@ -237,11 +234,11 @@ def check_input(x: Tensor, d_in: int) -> Tensor:
         raise ValueError(f"activations contain NaN or infinity, first in row {row} of {len(flat)}; drop such rows, or look for an overflow upstream.")
     return flat
 
-# %% ../../nbs/saes/00_base.ipynb #05063656
+# %% ../../nbs/saes/00_base.ipynb #7b76d73e
 @patch
 def normalised(self: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "(u, shift, scale) of activations `x` (*leading, d_in), as `normalizer`, with u (N, d_in) in the SAE's dtype. ValueError: wrong width, NaN."
-    dtype = self.dictionary.weight_dtype()
+    dtype = next(self.parameters()).dtype
     u, shift, scale = normalizer(check_input(x, self.d_in).to(torch.promote_types(dtype, torch.float32)), self.normalize)
     return u.to(dtype), shift, scale
 

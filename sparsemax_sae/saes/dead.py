@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['DeadLatents', 'top_active', 'AuxK', 'residual_loss']
 
-# %% ../../nbs/saes/30_dead.ipynb #316e9afe
+# %% ../../nbs/saes/30_dead.ipynb #6b599922
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from ..ops.codes import Codes, pattern_of
 from .base import AUXILIARIES, Dictionary, Encoding, Part, register

@@ -43,7 +43,7 @@ class Unit(Free):
     @torch.no_grad()
     def after_step(self): self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
 
-# %% ../../nbs/saes/20_dictionaries.ipynb #9c4e218d
+# %% ../../nbs/saes/20_dictionaries.ipynb #2b157c8f
 @register(DICTIONARIES, "concepts")
 class Concepts(Dictionary):
     "x_hat = (z C) W_v with the concepts C and W_v of an attention scorer."
@@ -53,7 +53,6 @@ class Concepts(Dictionary):
             raise ValueError(f"the 'concepts' dictionary shares an attention scorer's concepts; {type(scorer).__name__} has none. Use scorer='attention', or dictionary='free'.")
         self._scorer = (scorer,)  # in a tuple, lest nn.Module register it a second time
     def weight(self) -> Tensor: return self._scorer[0].concepts @ self._scorer[0].W_v
-    def weight_dtype(self) -> torch.dtype: return self._scorer[0].concepts.dtype
 
 # %% ../../nbs/saes/20_dictionaries.ipynb #85c78f7c
 @patch

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['entmax15_on_support', 'Entmax15']
 
-# %% ../../nbs/saes/entmax15.ipynb #4aceaa40
-import torch
+# %% ../../nbs/saes/entmax15.ipynb #786d34a0
 from torch import Tensor
-from ..ops.codes import Pattern, pattern_of, segment_sum, spread
+from ..ops.codes import Pattern, segment_sum, spread
 from ..ops.entmax import entmax15
 from .base import SPARSIFIERS, Sparsifier, recipe, register
 
