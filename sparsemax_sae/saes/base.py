@@ -8,7 +8,7 @@ __all__ = ['DENSE_ABOVE', 'SCORERS', 'SPARSIFIERS', 'DICTIONARIES', 'AUXILIARIES
            'recipes', 'normalizer', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input', 'geometric_median',
            'resolve', 'make_sae']
 
-# %% ../../nbs/saes/00_base.ipynb #266c93bd
+# %% ../../nbs/saes/00_base.ipynb #b7afd672
 import importlib, inspect, json, pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from fastcore.basics import patch
 from ..basics.errors import check_names, did_you_mean, positive
-from ..ops.codes import Codes, Pattern, pattern_of, per_entry, sdd
+from ..ops.codes import Codes, Pattern, pattern_of, per_entry, pooling, sdd
+from ..ops.screening import candidates
 
-# %% ../../nbs/saes/00_base.ipynb #7124f447
+# %% ../../nbs/saes/00_base.ipynb #388b69fa
 @dataclass
 class Scores:
     "s = queries @ keys.T + bias, with the columns where `mask` is False set to 0. Shapes: (N, d), (M, d), (M,), (M,) bool."
@@ -37,16 +38,20 @@ class Scores:
         if self.bias is not None: s = s + self.bias
         return s if self.mask is None else s.masked_fill(~self.mask, 0)
 
-    def at(self, pattern: Pattern) -> Tensor:
-        "The scores (nnz,) on `pattern`, with sparse gradients for queries, keys and bias."
-        s = sdd(self.queries, self.keys, pattern)
+    def dots(self, pattern: Pattern) -> Tensor:
+        "queries · keys (nnz,) on `pattern`."
+        return sdd(self.queries, self.keys, pattern)
+
+    def at(self, pattern: Pattern, dots: Tensor | None = None) -> Tensor:
+        "The scores (nnz,) on `pattern`, with sparse gradients for queries, keys and bias. `dots`: if computed before, they are not again."
+        s = sdd(self.queries, self.keys, pattern, dots)
         if self.bias is not None: s = s + per_entry(self.bias, pattern)
         return s if self.mask is None else s.masked_fill(~self.mask[pattern.indices], 0)
 
-    def columns(self, ids: Tensor) -> Tensor:
-        "The scores (N, len(ids)) of the concepts `ids`."
-        s = self.queries @ self.keys[ids].T
-        return s if self.bias is None else s + self.bias[ids]
+    def some(self, rows: slice | None = None, concepts: Tensor | None = None) -> "Scores":
+        "The scores of some `rows`, or of the `concepts` (n,) given by their numbers; a silenced concept stays silent."
+        pick = lambda p: p if p is None or concepts is None else p[concepts]
+        return Scores(self.queries if rows is None else self.queries[rows], *map(pick, (self.keys, self.bias, self.mask)))
 
 # %% ../../nbs/saes/00_base.ipynb #7986773e
 class Part(nn.Module):
@@ -61,9 +66,7 @@ class Scorer(Part):
     def forward(self, x: Tensor) -> Scores: raise NotImplementedError
     def tie(self, W_dec: Tensor): "Initialise from the rows of the decoder (d_sae, d_in), where that makes sense."
 
-# %% ../../nbs/saes/00_base.ipynb #c01e7c9d
-DENSE_ABOVE = 0.05  # share of active entries above which matrix products beat index lists
-
+# %% ../../nbs/saes/00_base.ipynb #6113d22a
 @dataclass
 class Encoding:
     "What the sparsifier hands on: the codes, the active scores they were made from, and all scores (lazily)."
@@ -72,10 +75,11 @@ class Encoding:
     pattern: Pattern | None
     scores: Scores
 
-# %% ../../nbs/saes/00_base.ipynb #f172e448
+# %% ../../nbs/saes/00_base.ipynb #5c6a3dc4
 class Sparsifier(Part):
     "Scores → codes."
-    path = "auto"  # "sparse" and "dense" force one way: for tests and benchmarks
+    path = "auto"        # "sparse" and "dense" force one way: for tests and benchmarks
+    precision = "auto"   # of the screening, see `screening_dtype`; the result does not depend on it
 
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor:
         "Activations of the active scores `a` (nnz,) on `pattern`; of all scores (N, M) if `pattern` is None."
@@ -83,29 +87,59 @@ class Sparsifier(Part):
     def dense(self, s: Tensor) -> Tensor:
         "The definition: activations (N, M) of all scores `s` (N, M)."
         return self.activate(s, None)
-    def select(self, s: Tensor) -> Pattern:
-        "The active entries of `s` (N, M)."
-        return pattern_of(self.dense(s) != 0)
+    def screening(self) -> dict | None:
+        "What makes a score inactive: `threshold` or `floor`, as `candidates` takes them. None: only the whole matrix tells."
+    def keep(self, a: Tensor, pattern: Pattern) -> Tensor:
+        "Which (nnz,) of the candidates' scores `a` (nnz,) on `pattern` are active."
+        how = self.screening()
+        if how is None: return torch.ones_like(a, dtype=torch.bool)
+        if "threshold" in how: return a > how["threshold"](a, pattern.offsets)[pattern.rows]
+        return a > torch.as_tensor(how["floor"], device=a.device).expand(pattern.n_cols)[pattern.indices]
     def losses(self, enc: Encoding, x: Tensor, dictionary: "Dictionary") -> dict[str, Tensor]:
         "Extra loss terms by name, weighted."
         return {}
 
-# %% ../../nbs/saes/00_base.ipynb #abb60fab
+# %% ../../nbs/saes/00_base.ipynb #8d92b3e4
 @patch
 @torch.no_grad()
-def find_active(self: Sparsifier, s: Tensor, probe: int = 64) -> Pattern | None:
-    "The active entries of the scores `s` (N, M); None if, judged by `probe` rows, they are too many for index lists."
-    if self.path == "dense" or self.path == "auto" and self.select(s[:probe]).density > DENSE_ABOVE: return None
-    return self.select(s)
+def search(self: Sparsifier, scores: Scores, limit: float = 1.) -> tuple[Pattern, Tensor] | None:
+    "The active entries of `scores` and their dot products (nnz,); None if more than `limit` of all entries are candidates."
+    s, how = scores.wide(), self.screening()
+    if how is None: pattern = pattern_of(self.dense(s.dense()) != 0)
+    else: pattern = candidates(s.queries, s.keys, s.bias, s.mask, precision=self.precision, limit=limit, **how)
+    if pattern is None or pattern.density > limit: return None
+    dots = s.dots(pattern)
+    on = self.keep(s.at(pattern, dots), pattern)
+    return pattern.keep(on), dots[on]
 
+@patch
+def wide(self: Scores) -> Scores:
+    "The same scores in float32 or better."
+    dtype = torch.promote_types(torch.promote_types(self.queries.dtype, self.keys.dtype), torch.float32)
+    return Scores(*(p if p is None else p.to(dtype) for p in (self.queries, self.keys, self.bias)), self.mask)
+
+# %% ../../nbs/saes/00_base.ipynb #91e7aca3
+DENSE_ABOVE = 0.05  # share of active entries above which matrix products beat index lists
+
+@patch
+def find_active(self: Sparsifier, scores: Scores, probe: int = 16) -> tuple[Pattern, Tensor] | None:
+    "The active entries of `scores` and their dot products (nnz,); None if, judged by `probe` rows, they are too many for index lists."
+    n, limit = len(scores.queries), 1. if self.path == "sparse" else DENSE_ABOVE
+    if self.path == "dense": return None
+    if limit < 1 and n >= 4*probe and self.search(scores.some(slice(None, None, n//probe)), limit) is None: return None
+    return self.search(scores, min(1., 4*limit))
+
+# %% ../../nbs/saes/00_base.ipynb #0a0b012a
 @patch
 def encode(self: Sparsifier, scores: Scores) -> Encoding:
     "Codes of a batch, by index lists where the active entries are few, by matrices where they are many."
-    s = scores.dense()
-    pattern = self.find_active(s.detach())
-    if pattern is None: return Encoding(Codes.from_dense(self.dense(s)), s, None, scores)
-    a = scores.at(pattern)
-    return Encoding(Codes(self.activate(a, pattern), pattern, s.shape), a, pattern, scores)
+    found = self.find_active(scores)
+    if found is None:
+        s = scores.dense()
+        return Encoding(Codes.from_dense(self.dense(s)), s, None, scores)
+    pattern, dots = found
+    a = scores.at(pattern, dots)
+    return Encoding(Codes(self.activate(a, pattern), pattern, scores.shape), a, pattern, scores)
 
 # %% ../../nbs/saes/00_base.ipynb #d26206b0
 class Dictionary(Part):
@@ -279,15 +313,16 @@ def reconstruct(self: SAE, x: Tensor) -> tuple[Tensor, Codes]:
     x_hat = self.dictionary(codes) * scale + shift
     return x_hat.reshape(x.shape).to(x.dtype), codes.view(*x.shape[:-1])
 
-# %% ../../nbs/saes/00_base.ipynb #9cf6d4eb
+# %% ../../nbs/saes/00_base.ipynb #6784ade2
 @patch
 def forward(self: SAE, x: Tensor) -> SAEOutput:
     "x_hat, codes, loss and its parts for activations `x` (*leading, d_in). In training mode running statistics are updated. ValueError: wrong width, NaN."
     u, shift, scale = self.normalised(x)
-    enc = self._encode(u)
-    u_hat = self.dictionary(enc.codes)
-    parts = dict(reconstruction=reconstruction_loss(u, u_hat, scale, self.loss_name),
-                 **self.sparsifier.losses(enc, u, self.dictionary), **self.aux.losses(enc, u, u_hat, self.dictionary))
+    with pooling():
+        enc = self._encode(u)
+        u_hat = self.dictionary(enc.codes)
+        parts = dict(reconstruction=reconstruction_loss(u, u_hat, scale, self.loss_name),
+                     **self.sparsifier.losses(enc, u, self.dictionary), **self.aux.losses(enc, u, u_hat, self.dictionary))
     if self.training: self.observe(enc.codes.detach())
     x_hat = (u_hat * scale + shift).reshape(x.shape).to(x.dtype)
     return SAEOutput(x_hat, enc.codes.view(*x.shape[:-1]), sum(parts.values()), {k: v.detach() for k, v in parts.items()})

@@ -32,16 +32,16 @@ def forward(self: Free, codes: Codes, bias: bool = True, frozen: bool = False) -
     x_hat = codes @ W
     return x_hat + b if bias and b is not None else x_hat
 
-# %% ../../nbs/saes/20_dictionaries.ipynb #2ba99802
+# %% ../../nbs/saes/20_dictionaries.ipynb #77bed937
 @register(DICTIONARIES, "unit")
 class Unit(Free):
     "`Free` with ‖W_dec[j]‖ = 1, kept by projection around every optimizer step."
     def norms(self) -> None: return None
     @torch.no_grad()
     def before_step(self):
-        if (g := self.W_dec.grad) is not None: g -= (g * self.W_dec).sum(1, keepdim=True) * self.W_dec
+        if (g := self.W_dec.grad) is not None: g.addcmul_(torch.linalg.vecdot(g, self.W_dec)[:, None], self.W_dec, value=-1)
     @torch.no_grad()
-    def after_step(self): self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
+    def after_step(self): self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 # %% ../../nbs/saes/20_dictionaries.ipynb #2b157c8f
 @register(DICTIONARIES, "concepts")

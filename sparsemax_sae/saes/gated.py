@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Gated']
 
-# %% ../../nbs/saes/gated.ipynb #91ef7ef5
+# %% ../../nbs/saes/gated.ipynb #5f9cc62a
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..ops.codes import Codes, Pattern, pattern_of, per_entry
+from ..ops.codes import Codes, Pattern, per_entry
 from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, recipe, reconstruction_loss, register
 from .relu import l1
 
-# %% ../../nbs/saes/gated.ipynb #754a1435
+# %% ../../nbs/saes/gated.ipynb #c9a47760
 @register(SPARSIFIERS, "gated")
 class Gated(Sparsifier):
     "z = 1[π > 0]·ReLU(e^r s + b_mag), π = s + b_gate; penalty `l1`·‖ReLU(π)‖₁ and the frozen-decoder loss (arXiv 2404.16014)."
@@ -28,7 +28,7 @@ class Gated(Sparsifier):
         magnitude = (a * per_entry(self.r_mag, pattern).exp() + per_entry(self.b_mag, pattern)).relu()
         return magnitude * (self.gate(a, pattern).detach() > 0)
 
-    def select(self, s: Tensor) -> Pattern: return pattern_of(self.gate(s, None) > 0)
+    def screening(self) -> dict: return dict(floor=-self.b_gate)
 
 # %% ../../nbs/saes/gated.ipynb #de19ca2a
 @patch

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['l1', 'ReLU']
 
-# %% ../../nbs/saes/relu.ipynb #e3bd0319
+# %% ../../nbs/saes/relu.ipynb #e35f7189
 import torch
 from torch import Tensor
-from ..ops.codes import Codes, Pattern, pattern_of
+from ..ops.codes import Codes, Pattern
 from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, recipe, register
 
 # %% ../../nbs/saes/relu.ipynb #6fb1fb2b
@@ -17,7 +17,7 @@ def l1(codes: Codes, norms: Tensor | None) -> Tensor:
     w = torch.ones(codes.d_sae, device=codes.device, dtype=codes.dtype) if norms is None else norms
     return (codes @ w[:, None]).sum() / max(1, len(codes))
 
-# %% ../../nbs/saes/relu.ipynb #a019b4e8
+# %% ../../nbs/saes/relu.ipynb #3eadfcb8
 @register(SPARSIFIERS, "relu")
 class ReLU(Sparsifier):
     "z = max(s, 0), with the penalty `l1` · mean_i Σ_j |z_ij|·‖w_j‖ (arXiv 2309.08600)."
@@ -25,7 +25,7 @@ class ReLU(Sparsifier):
         super().__init__(d_in, d_sae)
         self.l1 = l1
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor: return a.relu()
-    def select(self, s: Tensor) -> Pattern: return pattern_of(s > 0)
+    def screening(self) -> dict: return dict(floor=0.)
     def losses(self, enc: Encoding, x: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
         return dict(l1_penalty=self.l1 * l1(enc.codes, dictionary.norms())) if self.l1 else {}
 

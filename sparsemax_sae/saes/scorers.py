@@ -72,8 +72,8 @@ def observe(self: Attention, codes: Codes):
     self.batches += 1
     self.frequency += (codes.counts() / len(codes) - self.frequency) / self.batches
 
-# %% ../../nbs/saes/10_scorers.ipynb #f67ee372
+# %% ../../nbs/saes/10_scorers.ipynb #56b69e25
 @patch
 def forward(self: Attention, x: Tensor) -> Scores:
-    q = x if self.W_q is None else x @ self.W_q
-    return Scores(self.scale(q @ self.W_k.T), self.concepts, mask=self.audible())
+    q = x @ self.W_k.T if self.W_q is None else torch.linalg.multi_dot([x, self.W_q, self.W_k.T])
+    return Scores(self.scale(q), self.concepts, mask=self.audible())
