@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'ROOM', 'segment_threshold', 'sparsemax_move', 'entmax15_move', 'descending', 'kth_largest_of_rows',
-           'largest_of_rows', 'rounded', 'roundoff', 'screening_dtype', 'Blocks', 'in_groups', 'stored_error',
-           'Shortlist', 'first_bound', 'open_groups', 'survey', 'candidates']
+           'largest_of_rows', 'rounded', 'roundoff', 'screening_dtype', 'Blocks', 'in_groups', 'stored_error', 'reach',
+           'below', 'Shortlist', 'first_bound', 'open_groups', 'survey', 'walk', 'replace_rows', 'candidates']
 
 # %% ../../nbs/ops/35_screening.ipynb #8251e467
 import functools, math
@@ -15,26 +15,26 @@ from fastcore.basics import patch
 from torch import Tensor
 from .codes import Pattern, counts_to_offsets, row_ids
 
-# %% ../../nbs/ops/35_screening.ipynb #dce237b8
-def segment_threshold(a: Tensor, offsets: Tensor, move: Callable, scale: float = 1.) -> Tensor:
-    "Thresholds (N,) of the scores `a` (nnz,) of each row, by Newton's method from below; a row without scores has -inf."
+# %% ../../nbs/ops/35_screening.ipynb #65a96e4e
+def segment_threshold(a: Tensor, offsets: Tensor, share: float = 1., *, move: Callable, scale: float = 1.) -> Tensor:
+    "Thresholds (N,) of the scores `a` (nnz,) of each row, by Newton's method from below; -inf without scores. Guessed, if they are a `share` of all."
     rows, sums = row_ids(offsets, len(a)), lambda x: torch.segment_reduce(x, "sum", offsets=offsets, initial=0)
     top = torch.segment_reduce(a, "max", offsets=offsets, initial=-math.inf)
-    x, t = (a - top[rows])*scale, torch.full_like(top, -1.)
+    x, t, budget = (a - top[rows])*scale, torch.full_like(top, -1.), min(1., share + share**.5)
     while True:
-        higher = t + move((x - t[rows]).clamp_(min=0), sums).clamp_(min=0).nan_to_num_(nan=0.)
+        higher = t + move((x - t[rows]).clamp_(min=0), sums, budget).clamp_(min=0).nan_to_num_(nan=0.)
         if torch.equal(higher, t): return top + t/scale
         t = higher
 
-# %% ../../nbs/ops/35_screening.ipynb #6f1717dd
-def sparsemax_move(over: Tensor, sums: Callable) -> Tensor:
-    "Newton's step for sparsemax (paper, Eq. 7): the excess mass, shared by the entries that have any."
-    return (sums(over) - 1)/sums((over > 0).to(over.dtype))
+# %% ../../nbs/ops/35_screening.ipynb #2de330ae
+def sparsemax_move(over: Tensor, sums: Callable, budget: float = 1.) -> Tensor:
+    "Newton's step for sparsemax (paper, Eq. 7): the mass above `budget`, shared by the entries that have any."
+    return (sums(over) - budget)/sums((over > 0).to(over.dtype))
 
-def entmax15_move(over: Tensor, sums: Callable) -> Tensor:
-    "The step for 1.5-entmax (arXiv 1905.05702), as in `ops/50_entmax`: with a = Σ over, b = Σ over², (b - √b)/a."
+def entmax15_move(over: Tensor, sums: Callable, budget: float = 1.) -> Tensor:
+    "The step for 1.5-entmax (arXiv 1905.05702), as in `ops/50_entmax`: with a = Σ over, b = Σ over², (b - √(b·budget))/a."
     a, b = sums(over), sums(over.square())
-    return (b - b.sqrt())/a
+    return (b - (b*budget).sqrt())/a
 
 # %% ../../nbs/ops/35_screening.ipynb #550680f8
 def descending(a: Tensor, rows: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ def descending(a: Tensor, rows: Tensor) -> Tensor:
     bits = (a + 0.).view(torch.int32).long()                              # + 0.: minus zero becomes zero
     return ((rows << 32) - (bits ^ ((bits >> 31) & 0x7fffffff))).argsort(stable=True)
 
-# %% ../../nbs/ops/35_screening.ipynb #bde1da0e
-def kth_largest_of_rows(a: Tensor, offsets: Tensor, k: int) -> Tensor:
-    "The `k`-th largest (N,) of the scores `a` (nnz,) of each row, -inf where there are fewer."
-    n, counts = len(offsets) - 1, offsets.diff()
+# %% ../../nbs/ops/35_screening.ipynb #2520302d
+def kth_largest_of_rows(a: Tensor, offsets: Tensor, share: float = 1., *, k: int) -> Tensor:
+    "The `k`-th largest (N,) of the scores `a` (nnz,) of each row, -inf where there are fewer. Guessed, if they are a `share` of all."
+    n, counts, k = len(offsets) - 1, offsets.diff(), min(k, math.ceil(k*share + 3*(k*share)**.5) + 2)
     if len(a) >= n*k and (counts == len(a)//n).all(): return a.view(n, -1).topk(k, sorted=False).values.amin(1)
     ordered = a[descending(a, row_ids(offsets, len(a)))]
     enough = counts >= k
@@ -89,8 +89,8 @@ def screening_dtype(q: Tensor, precision: str = "auto") -> torch.dtype:
     coarse = q.dtype == torch.float32 and (precision == "bfloat16" or precision == "auto" and worth)
     return torch.bfloat16 if coarse else q.dtype
 
-# %% ../../nbs/ops/35_screening.ipynb #8d80d30b
-GROUP, ROOM = 16, 1 << 21   # entries of a group, entries of a block
+# %% ../../nbs/ops/35_screening.ipynb #d57e97d3
+GROUP, ROOM = 8, 1 << 23   # scores in a group, bytes in a block of scores
 
 class Blocks:
     "The scores of queries `q` (N, d), block by block: `keys` (M, d), `bias` (M,), `mask` (M,), and `floor` (M,), which is subtracted; or None."
@@ -99,7 +99,7 @@ class Blocks:
         self.q, norm, lost = rounded(q, dtype)
         self.c = roundoff(q.dtype, q.shape[1])
         self.by_row = 1.001*torch.stack([lost + self.c*norm, norm + lost, torch.ones_like(norm)], 1)
-        self.width = min(len(keys), max(16*GROUP, ROOM//len(q)//(16*GROUP)*(16*GROUP)))
+        self.width = min(len(keys), max(256, ROOM//dtype.itemsize//len(q)//256*256))
         self.buffer = torch.empty(len(q)*self.width, dtype=dtype, device=q.device)
 
     def coordinates(self, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,90 +123,119 @@ def scores(self: Blocks, start: int) -> tuple[Tensor, Tensor]:
     else: torch.addmm(bias.to(s.dtype), self.q, rounded_keys.T, out=s)
     return s, self.by_row @ in_groups(torch.stack([norm, lost, (self.c + 2*torch.finfo(s.dtype).eps)*size])).amax(1)
 
-# %% ../../nbs/ops/35_screening.ipynb #0cc43498
+# %% ../../nbs/ops/35_screening.ipynb #2db22302
 def stored_error(s: Tensor, dtype: torch.dtype) -> Tensor | float:
     "How far scores `s`, computed wider and stored in `dtype`, may be from what was computed."
     return s.abs()*torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.
 
-# %% ../../nbs/ops/35_screening.ipynb #2fe3c691
+def reach(low: Tensor, dtype: torch.dtype) -> Tensor:
+    "The least score, as stored in `dtype`, that may have been `low` before it was stored."
+    return low - 1.01*stored_error(low, dtype)
+
+# %% ../../nbs/ops/35_screening.ipynb #8fb1735f
+def below(threshold: Tensor) -> Tensor:
+    "`threshold` less what rounding may have added to it."
+    return threshold - 32*torch.finfo(threshold.dtype).eps*(1 + threshold.abs())
+
+# %% ../../nbs/ops/35_screening.ipynb #4acc49c9
 class Shortlist:
-    "Entries of an (`n_rows`, `n_cols`) matrix that can be active, given lower `bound`s (n_rows,) of the rows' thresholds."
+    "Entries of an (`n_rows`, `n_cols`) matrix that can be active, given `bound`s (n_rows,) for the rows' thresholds."
     def __init__(self, n_rows: int, n_cols: int, bound: Tensor, threshold: Callable | None):
         self.n_rows, self.n_cols, self.bound, self.threshold = n_rows, n_cols, bound, threshold
         self.parts, self.size, self.kept = [], 0, 0
 
-    def add(self, keys: Tensor, low: Tensor, high: Tensor):
-        "Append entries (n,); tighten if the list has doubled."
+    def add(self, keys: Tensor, low: Tensor, high: Tensor, share: float = 1.):
+        "Append entries (n,), now from a `share` of the columns; tighten if the list has doubled."
         self.parts.append((keys, low, high))
         self.size += len(keys)
-        if self.threshold is not None and self.size > 2*self.kept + self.n_rows: self.tighten()
+        if share == 1 or self.threshold is not None and self.size > 2*self.kept + self.n_rows: self.tighten(share)
 
-    def tighten(self):
+    def tighten(self, share: float):
         "Sort; raise the bounds to the thresholds of what is held; drop what is below them."
         keys, low, high = (torch.cat(p) for p in zip(*self.parts))
         keys, order = keys.sort()
         low, high, rows = low[order], high[order], keys//self.n_cols
         if self.threshold is not None:
-            self.bound = self.bound.fmax(self.threshold(low, counts_to_offsets(rows.bincount(minlength=self.n_rows))))
+            self.latest = self.threshold(low, counts_to_offsets(rows.bincount(minlength=self.n_rows)), share)
+            self.bound = self.bound.fmax(below(self.latest))
             able = ~(high < self.bound[rows])
             keys, low, high = keys[able], low[able], high[able]
         self.parts, self.size, self.kept = [(keys, low, high)], len(keys), len(keys)
 
+    def uncertain(self) -> Tensor:
+        "Numbers of the rows in which a guess was higher than the threshold turned out to be."
+        return (self.bound > self.latest).nonzero()[:, 0] if self.threshold is not None else self.bound.new_zeros(0, dtype=torch.long)
+
     def pattern(self) -> Pattern:
-        "The entries that are left."
-        if not self.parts: return Pattern(*(torch.zeros(n, dtype=torch.long, device=self.bound.device) for n in (0, self.n_rows + 1)), self.n_cols)
-        self.tighten()
+        "The entries that are left, if the list is sorted."
         keys = self.parts[0][0]
         rows = keys//self.n_cols
         return Pattern(keys - rows*self.n_cols, counts_to_offsets(rows.bincount(minlength=self.n_rows)), self.n_cols)
 
-# %% ../../nbs/ops/35_screening.ipynb #b9d6cd13
-def first_bound(s: Tensor, low: Tensor, high: Tensor, e: Tensor, threshold: Callable) -> Tensor:
-    "Lower bounds (N,) of the thresholds, from the heads (`low`, `high`) of a block `s` or, if more than a quarter would pass, from all of it."
-    uniform = lambda x: threshold(x.flatten(), torch.arange(len(x) + 1, device=x.device)*x.shape[1])
-    bound = uniform(low)
-    if (high >= bound[:, None]).sum()*4 <= high.numel(): return bound
-    wide = in_groups(s).to(low.dtype)
-    return bound.fmax(uniform((wide - stored_error(wide, s.dtype) - e[:, None]).flatten(1)))
+# %% ../../nbs/ops/35_screening.ipynb #eadadf06
+def first_bound(s: Tensor, head: Tensor, e: Tensor, threshold: Callable) -> Tensor:
+    "Bounds (N,) for the rows, from the heads (N, G) of a block `s` (N, w) or, if more than a quarter would pass, from all of it."
+    def bound(x, e):
+        low = (x.to(e.dtype) - stored_error(x.to(e.dtype), s.dtype) - e).flatten(1)
+        return threshold(low.flatten(), torch.arange(len(low) + 1, device=low.device)*low.shape[1])
+    b = bound(head, e)
+    few = (head >= b[:, None]).sum()*4 <= head.numel()
+    return below(b if few else b.fmax(bound(in_groups(s), e[:, None])))
 
-# %% ../../nbs/ops/35_screening.ipynb #b2ccdd94
-def open_groups(s: Tensor, e: Tensor, hit: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Positions (n,) in `s.flatten()` of the entries of the groups `hit` (N, G) that may reach `bound` (N,), and their low and high ends (n,)."
+# %% ../../nbs/ops/35_screening.ipynb #2631194d
+def open_groups(s: Tensor, e: Tensor, hit: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "The entries of the groups `hit` (N, G) that are at least `least` (N, G): rows, columns, and their low and high ends, (n,) each."
     row, group = hit.nonzero(as_tuple=True)
-    at = (row*s.shape[1] + group)[:, None] + torch.arange(0, s.shape[1], hit.shape[1], device=s.device)
-    value = s.flatten()[at].to(e.dtype)
-    error = e[row, group][:, None] + stored_error(value, s.dtype)
-    able = (~(value + error < bound[row][:, None])).flatten().nonzero()[:, 0]
-    return at.flatten()[able], (value - error).flatten()[able], (value + error).flatten()[able]
+    value = in_groups(s)[row, :, group]
+    of, member = (~(value < least[row, group][:, None])).nonzero(as_tuple=True)
+    row, group, value = row[of], group[of], value[of, member].to(e.dtype)
+    error = e[row, group] + stored_error(value, s.dtype)
+    return row, group + member*hit.shape[1], value - error, value + error
 
-# %% ../../nbs/ops/35_screening.ipynb #0405482b
-def survey(blocks: Blocks, listed: Shortlist, start: int):
-    "Put the entries of the block at `start` that can be active on the list."
+# %% ../../nbs/ops/35_screening.ipynb #57801f4b
+def survey(blocks: Blocks, listed: Shortlist, start: int, threshold: Callable | None, share: float):
+    "Put the entries of the block at `start` that can be active on the list; with it, a `share` of the concepts has been seen."
     s, e = blocks.scores(start)
-    head = in_groups(s).amax(1).to(e.dtype)
-    error = e + stored_error(head, s.dtype)
-    if listed.threshold is not None and start == 0: listed.bound = first_bound(s, head - error, head + error, e, listed.threshold)
-    at, low, high = open_groups(s, e, ~(head + error < listed.bound[:, None]), listed.bound)
-    row = at//s.shape[1]
-    listed.add(at + row*(listed.n_cols - s.shape[1]) + start, low, high)
+    head = in_groups(s).amax(1)
+    if threshold is not None and start == 0: listed.bound = first_bound(s, head, e, functools.partial(threshold, share=share))
+    least = reach(listed.bound[:, None] - e, s.dtype)
+    row, column, low, high = open_groups(s, e, ~(head < least), least)
+    listed.add(row*listed.n_cols + (column + start), low, high, share)
 
-# %% ../../nbs/ops/35_screening.ipynb #6f641768
+# %% ../../nbs/ops/35_screening.ipynb #e38a2d45
+def walk(blocks: Blocks, threshold: Callable | None, limit: float) -> Shortlist | None:
+    "The short list of all blocks; None if it grew longer than `limit` of all entries seen."
+    n, m = len(blocks.q), len(blocks.keys)
+    listed = Shortlist(n, m, blocks.by_row.new_full((n,), 0. if threshold is None else -math.inf), threshold)
+    for start in range(0, m, blocks.width):
+        survey(blocks, listed, start, threshold, min(1., (start + blocks.width)/m))
+        if listed.size > limit*n*min(m, start + blocks.width): return None
+    return listed
+
+# %% ../../nbs/ops/35_screening.ipynb #5ab4a8eb
+def replace_rows(p: Pattern, rows: Tensor, by: Pattern) -> Pattern:
+    "`p` with `rows` (n,), ascending, taken from the rows of `by`."
+    keep = torch.ones(p.shape[0], dtype=torch.bool, device=rows.device).index_fill(0, rows, False)[p.rows]
+    keys = torch.cat([p.rows[keep]*p.n_cols + p.indices[keep], rows[by.rows]*p.n_cols + by.indices]).sort().values
+    return Pattern(keys % p.n_cols, counts_to_offsets((keys//p.n_cols).bincount(minlength=p.shape[0])), p.n_cols)
+
+# %% ../../nbs/ops/35_screening.ipynb #e4cfa30b
 @torch.no_grad()
 def candidates(q: Tensor, keys: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, threshold: Callable | None = None,
-               floor: Tensor | float | None = None, precision: str = "auto", limit: float = 1.) -> Pattern | None:
+               floor: Tensor | float | None = None, precision: str = "auto", limit: float = 1., guess: bool = True) -> Pattern | None:
     """A pattern that contains every active entry of s = q keysᵀ + bias (N, M), rows in CSR order; None if it would hold more than `limit`·N·M.
 
-    Either `threshold(a, offsets)`: from lists of scores of each row (CSR), the rows' thresholds (N,), below which a score is inactive;
-    it must rise with the scores and with their number. Or `floor` (M,): fixed thresholds of the concepts. Silenced concepts
-    (`mask` False) have score zero. ValueError: neither or both of `threshold` and `floor`."""
+    Either `threshold(a, offsets, share)`: from lists of scores of each row (CSR), the rows' thresholds (N,), below which a score is
+    inactive; it must rise with the scores and with their number; if the scores are a `share` < 1 of the row's, a guess. Or `floor` (M,):
+    fixed thresholds of the concepts. Silenced concepts (`mask` False) have score zero. Exact with and without `guess`.
+    ValueError: neither or both of `threshold` and `floor`."""
     if (threshold is None) == (floor is None): raise ValueError("candidates needs either a `threshold` function or a `floor`: what makes a score inactive?")
-    n, m = len(q), len(keys)
-    listed = Shortlist(n, m, q.new_full((n,), 0. if threshold is None else -math.inf), threshold)
-    if n*m == 0: return listed.pattern()
-    if floor is not None: floor = torch.as_tensor(floor, dtype=q.dtype, device=q.device).expand(m)
-    blocks = Blocks(q, keys, bias, mask, floor, screening_dtype(q, precision))
-    for start in range(0, m, blocks.width):
-        survey(blocks, listed, start)
-        if listed.size > limit*n*m and threshold is not None: listed.tighten()
-        if listed.size > limit*n*m: return None
-    return listed.pattern()
+    if not len(q) or not len(keys): return Pattern(q.new_zeros(0, dtype=torch.long), q.new_zeros(len(q) + 1, dtype=torch.long), len(keys))
+    if floor is not None: floor = torch.as_tensor(floor, dtype=q.dtype, device=q.device).expand(len(keys))
+    sober = lambda a, offsets, share: threshold(a, offsets)
+    listed = walk(Blocks(q, keys, bias, mask, floor, screening_dtype(q, precision)), threshold if guess or threshold is None else sober, limit)
+    if listed is None: return None
+    pattern, again = listed.pattern(), listed.uncertain()
+    if not guess or not len(again): return pattern
+    by = candidates(q[again], keys, bias, mask, threshold, None, precision, limit*len(q)/len(again), guess=False)
+    return None if by is None else replace_rows(pattern, again, by)

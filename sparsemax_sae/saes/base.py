@@ -118,16 +118,17 @@ def wide(self: Scores) -> Scores:
     dtype = torch.promote_types(torch.promote_types(self.queries.dtype, self.keys.dtype), torch.float32)
     return Scores(*(p if p is None else p.to(dtype) for p in (self.queries, self.keys, self.bias)), self.mask)
 
-# %% ../../nbs/saes/00_base.ipynb #91e7aca3
+# %% ../../nbs/saes/00_base.ipynb #773d4640
 DENSE_ABOVE = 0.05  # share of active entries above which matrix products beat index lists
 
 @patch
 def find_active(self: Sparsifier, scores: Scores, probe: int = 16) -> tuple[Pattern, Tensor] | None:
-    "The active entries of `scores` and their dot products (nnz,); None if, judged by `probe` rows, they are too many for index lists."
-    n, limit = len(scores.queries), 1. if self.path == "sparse" else DENSE_ABOVE
+    "The active entries of `scores` and their dot products (nnz,); None if they are too many for index lists."
     if self.path == "dense": return None
-    if limit < 1 and n >= 4*probe and self.search(scores.some(slice(None, None, n//probe)), limit) is None: return None
-    return self.search(scores, min(1., 4*limit))
+    if self.path == "sparse": return self.search(scores)
+    n, m = scores.shape
+    if n >= 4*probe and n*m <= 1 << 23 and self.search(scores.some(slice(None, None, n//probe)), DENSE_ABOVE) is None: return None
+    return self.search(scores, 4*DENSE_ABOVE)
 
 # %% ../../nbs/saes/00_base.ipynb #0a0b012a
 @patch
