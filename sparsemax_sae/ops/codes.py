@@ -6,13 +6,14 @@
 __all__ = ['row_ids', 'counts_to_offsets', 'transpose_layout', 'Pattern', 'pooling', 'spmm', 'sdd', 'spmm_t', 'segment_sum',
            'spread', 'per_entry', 'Codes', 'pattern_of']
 
-# %% ../../nbs/ops/30_codes.ipynb #7024a38d
+# %% ../../nbs/ops/30_codes.ipynb #cb11b26b
 import functools, math, threading, warnings
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
+from . import triton
 
 # %% ../../nbs/ops/30_codes.ipynb #ca18611f
 def row_ids(offsets: Tensor, nnz: int) -> Tensor:
@@ -62,9 +63,10 @@ class Pattern:
         if mask.all(): return self
         return Pattern(self.indices[mask], counts_to_offsets(self.rows[mask].bincount(minlength=self.shape[0])), self.n_cols)
 
-# %% ../../nbs/ops/30_codes.ipynb #8cb99caf
+# %% ../../nbs/ops/30_codes.ipynb #d73bf56e
 def _bag(values: Tensor, indices: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     "Σ_e values[e]·W[indices[e]] over the entries e of each row: (N, d), accumulated in float32 or better."
+    if triton.available(W) and W.dtype != torch.float64: return triton.spmm(values, indices, offsets, W)
     if W.dtype in (torch.float16, torch.bfloat16) and not W.is_cuda:
         return _bag(values.float(), indices, offsets, W.float()).to(W.dtype)
     if len(indices) == 0: return W.new_zeros(len(offsets) - 1, W.shape[1])
@@ -85,9 +87,10 @@ def _gathered_dots(q: Tensor, K: Tensor, rows: Tensor, indices: Tensor, chunk: i
     parts = [(q[r].to(wide) * K[i]).sum(1) for r, i in zip(rows.split(step), indices.split(step))]
     return torch.cat(parts).to(q.dtype) if parts else q.new_zeros(0)
 
-# %% ../../nbs/ops/30_codes.ipynb #891040e8
+# %% ../../nbs/ops/30_codes.ipynb #b7143034
 def _dots(q: Tensor, K: Tensor, pattern: "Pattern") -> Tensor:
     "q[row]·K[concept] for every entry of `pattern`: (nnz,)."
+    if triton.available(q) and q.dtype != torch.float64: return triton.sdd(q, K, pattern.rows, pattern.indices).to(q.dtype)
     if q.dtype not in (torch.float32, torch.float64) or q.device.type not in ("cpu", "cuda") or not len(pattern) or not q.shape[1]:
         return _gathered_dots(q, K, pattern.rows, pattern.indices)
     _quiet()
@@ -153,11 +156,14 @@ def pooling():
     try: yield
     finally: _local.pools = outer
 
-# %% ../../nbs/ops/30_codes.ipynb #d6c4f56f
+# %% ../../nbs/ops/30_codes.ipynb #e237a6a2
 def _stacked(items: list[tuple]) -> Tensor:
     "Σ Zᵢᵀ qᵢ: (n_cols, d), over `items` (values, q, pattern), in one product."
     if len(items) == 1: return spmm_t(*items[0])
     values, qs, patterns = zip(*items)
+    if len(items) == 2 and patterns[0] is patterns[1] and triton.available(qs[0]) and qs[0].dtype != torch.float64:
+        rows, offsets, order = patterns[0].transpose
+        return triton.spmm_pair(values[0][order], qs[0], values[1][order], qs[1], rows, offsets)
     offsets = counts_to_offsets(torch.cat([p.offsets.diff() for p in patterns]))
     stack = Pattern(torch.cat([p.indices for p in patterns]), offsets, patterns[0].n_cols)
     return spmm_t(torch.cat(values), torch.cat(qs), stack)

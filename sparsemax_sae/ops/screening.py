@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['GROUP', 'ROOM', 'segment_threshold', 'sparsemax_move', 'entmax15_move', 'descending', 'kth_largest_of_rows',
            'largest_of_rows', 'rounded', 'roundoff', 'screening_dtype', 'Blocks', 'in_groups', 'stored_error', 'reach',
-           'below', 'Shortlist', 'first_bound', 'open_groups', 'survey', 'walk', 'replace_rows', 'candidates']
+           'below', 'Shortlist', 'of_equal_rows', 'first_bound', 'open_groups', 'survey', 'walk', 'guessed_in_part',
+           'sweep', 'replace_rows', 'candidates']
 
-# %% ../../nbs/ops/35_screening.ipynb #8251e467
+# %% ../../nbs/ops/35_screening.ipynb #d9d6e98c
 import functools, math
 from typing import Callable
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from . import triton
 from .codes import Pattern, counts_to_offsets, row_ids
 
 # %% ../../nbs/ops/35_screening.ipynb #65a96e4e
@@ -89,7 +91,7 @@ def screening_dtype(q: Tensor, precision: str = "auto") -> torch.dtype:
     coarse = q.dtype == torch.float32 and (precision == "bfloat16" or precision == "auto" and worth)
     return torch.bfloat16 if coarse else q.dtype
 
-# %% ../../nbs/ops/35_screening.ipynb #d57e97d3
+# %% ../../nbs/ops/35_screening.ipynb #894ea2a8
 GROUP, ROOM = 8, 1 << 23   # scores in a group, bytes in a block of scores
 
 class Blocks:
@@ -100,28 +102,36 @@ class Blocks:
         self.c = roundoff(q.dtype, q.shape[1])
         self.by_row = 1.001*torch.stack([lost + self.c*norm, norm + lost, torch.ones_like(norm)], 1)
         self.width = min(len(keys), max(256, ROOM//dtype.itemsize//len(q)//256*256))
-        self.buffer = torch.empty(len(q)*self.width, dtype=dtype, device=q.device)
 
-    def coordinates(self, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
+    @functools.cached_property
+    def buffer(self) -> Tensor: return torch.empty(len(self.q)*self.width, dtype=self.q.dtype, device=self.q.device)
+
+    def parameters(self, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
         "Keys (w, d), biases less floors (w,) and their sizes (w,) for the concepts `cut`; silenced ones have key and bias zero."
         keys, (bias, floor) = self.keys[cut], (torch.zeros_like(self.keys[cut, 0]) if p is None else p[cut] for p in (self.bias, self.floor))
         if self.mask is not None: keys, bias = keys*self.mask[cut, None], bias*self.mask[cut]
         return keys, bias - floor, bias.abs() + floor.abs()
 
-# %% ../../nbs/ops/35_screening.ipynb #7b6c4db4
+# %% ../../nbs/ops/35_screening.ipynb #3201c5d4
 def in_groups(s: Tensor) -> Tensor:
     "The columns of `s` (n, w) as (n, g, w/g): group j is `[:, :, j]`."
     return s.unflatten(1, (math.gcd(s.shape[1], GROUP), -1))
 
 @patch
+def columns(self: Blocks, cut: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+    "Rounded keys (w, d) and biases (w,), if any, of the concepts `cut`, and their factors (3, w) of the error bounds."
+    keys, bias, size = self.parameters(cut)
+    keys, norm, lost = rounded(keys, self.q.dtype)
+    bias = None if self.bias is None and self.floor is None else bias.to(keys.dtype)
+    return keys, bias, torch.stack([norm, lost, (self.c + 2*torch.finfo(keys.dtype).eps)*size])
+
+@patch
 def scores(self: Blocks, start: int) -> tuple[Tensor, Tensor]:
     "Scores (N, w) of the block that starts at concept `start`, in the buffer, and error bounds (N, w/g) of its groups."
-    keys, bias, size = self.coordinates(slice(start, start + self.width))
-    rounded_keys, norm, lost = rounded(keys, self.q.dtype)
+    keys, bias, by_column = self.columns(slice(start, start + self.width))
     s = self.buffer[:len(self.q)*len(keys)].view(len(self.q), -1)
-    if self.bias is None and self.floor is None: torch.mm(self.q, rounded_keys.T, out=s)
-    else: torch.addmm(bias.to(s.dtype), self.q, rounded_keys.T, out=s)
-    return s, self.by_row @ in_groups(torch.stack([norm, lost, (self.c + 2*torch.finfo(s.dtype).eps)*size])).amax(1)
+    torch.mm(self.q, keys.T, out=s) if bias is None else torch.addmm(bias, self.q, keys.T, out=s)
+    return s, self.by_row @ in_groups(by_column).amax(1)
 
 # %% ../../nbs/ops/35_screening.ipynb #2db22302
 def stored_error(s: Tensor, dtype: torch.dtype) -> Tensor | float:
@@ -172,15 +182,17 @@ class Shortlist:
         rows = keys//self.n_cols
         return Pattern(keys - rows*self.n_cols, counts_to_offsets(rows.bincount(minlength=self.n_rows)), self.n_cols)
 
-# %% ../../nbs/ops/35_screening.ipynb #eadadf06
+# %% ../../nbs/ops/35_screening.ipynb #a502ed8e
+def of_equal_rows(s: Tensor, threshold: Callable) -> Tensor:
+    "The thresholds (N,) of the rows of a matrix of scores `s` (N, K)."
+    return threshold(s.flatten(), torch.arange(len(s) + 1, device=s.device)*s.shape[1])
+
 def first_bound(s: Tensor, head: Tensor, e: Tensor, threshold: Callable) -> Tensor:
     "Bounds (N,) for the rows, from the heads (N, G) of a block `s` (N, w) or, if more than a quarter would pass, from all of it."
-    def bound(x, e):
-        low = (x.to(e.dtype) - stored_error(x.to(e.dtype), s.dtype) - e).flatten(1)
-        return threshold(low.flatten(), torch.arange(len(low) + 1, device=low.device)*low.shape[1])
-    b = bound(head, e)
+    low = lambda x, e: (x.to(e.dtype) - stored_error(x.to(e.dtype), s.dtype) - e).flatten(1)
+    b = of_equal_rows(low(head, e), threshold)
     few = (head >= b[:, None]).sum()*4 <= head.numel()
-    return below(b if few else b.fmax(bound(in_groups(s), e[:, None])))
+    return below(b if few else b.fmax(of_equal_rows(low(in_groups(s), e[:, None]), threshold)))
 
 # %% ../../nbs/ops/35_screening.ipynb #2631194d
 def open_groups(s: Tensor, e: Tensor, hit: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -212,6 +224,31 @@ def walk(blocks: Blocks, threshold: Callable | None, limit: float) -> Shortlist 
         if listed.size > limit*n*min(m, start + blocks.width): return None
     return listed
 
+# %% ../../nbs/ops/35_screening.ipynb #e20e2ec4
+def guessed_in_part(blocks: Blocks, keys: Tensor, bias: Tensor | None, error: Tensor, threshold: Callable) -> Tensor:
+    "Bounds (N,) from the heads of an eighth of the concepts."
+    m = len(keys)
+    part = min(m, max(1024, m//8))
+    heads = triton.group_maxima(blocks.q, keys[:part], None if bias is None else bias[:part], GROUP)
+    return below(of_equal_rows(heads - error[:, None], functools.partial(threshold, share=part/m)))
+
+# %% ../../nbs/ops/35_screening.ipynb #080ff4a8
+def sweep(blocks: Blocks, threshold: Callable | None, limit: float, capacity: int = 256) -> Shortlist | None:
+    "As `walk`, by Triton kernels; `capacity` is the room for each row's entries at the first try."
+    n, m = len(blocks.q), len(blocks.keys)
+    keys, bias, by_column = blocks.columns(slice(None))
+    error = blocks.by_row @ by_column.amax(1)
+    bound = torch.zeros_like(error) if threshold is None else guessed_in_part(blocks, keys, bias, error, threshold)
+    counts, columns, values = triton.above(blocks.q, keys, bias, bound - error, min(m, capacity))
+    most = int(counts.max())
+    if counts.sum() > limit*n*m: return None
+    if (error + bound).isnan().any() or most > max(capacity, m//8): return walk(blocks, threshold, limit)
+    if most > columns.shape[1]: return sweep(blocks, threshold, limit, most)
+    taken = torch.arange(columns.shape[1], device=counts.device) < counts[:, None]
+    listed, error = Shortlist(n, m, bound, threshold), error[:, None].expand_as(values)[taken]
+    listed.add((torch.arange(n, device=counts.device)[:, None]*m + columns.long())[taken], values[taken] - error, values[taken] + error)
+    return listed
+
 # %% ../../nbs/ops/35_screening.ipynb #5ab4a8eb
 def replace_rows(p: Pattern, rows: Tensor, by: Pattern) -> Pattern:
     "`p` with `rows` (n,), ascending, taken from the rows of `by`."
@@ -219,7 +256,7 @@ def replace_rows(p: Pattern, rows: Tensor, by: Pattern) -> Pattern:
     keys = torch.cat([p.rows[keep]*p.n_cols + p.indices[keep], rows[by.rows]*p.n_cols + by.indices]).sort().values
     return Pattern(keys % p.n_cols, counts_to_offsets((keys//p.n_cols).bincount(minlength=p.shape[0])), p.n_cols)
 
-# %% ../../nbs/ops/35_screening.ipynb #e4cfa30b
+# %% ../../nbs/ops/35_screening.ipynb #a50a9a60
 @torch.no_grad()
 def candidates(q: Tensor, keys: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, threshold: Callable | None = None,
                floor: Tensor | float | None = None, precision: str = "auto", limit: float = 1., guess: bool = True) -> Pattern | None:
@@ -232,8 +269,9 @@ def candidates(q: Tensor, keys: Tensor, bias: Tensor | None = None, mask: Tensor
     if (threshold is None) == (floor is None): raise ValueError("candidates needs either a `threshold` function or a `floor`: what makes a score inactive?")
     if not len(q) or not len(keys): return Pattern(q.new_zeros(0, dtype=torch.long), q.new_zeros(len(q) + 1, dtype=torch.long), len(keys))
     if floor is not None: floor = torch.as_tensor(floor, dtype=q.dtype, device=q.device).expand(len(keys))
-    sober = lambda a, offsets, share: threshold(a, offsets)
-    listed = walk(Blocks(q, keys, bias, mask, floor, screening_dtype(q, precision)), threshold if guess or threshold is None else sober, limit)
+    sober = None if threshold is None else lambda a, offsets, share=1.: threshold(a, offsets)
+    search = sweep if triton.available(q) and q.dtype == torch.float32 else walk
+    listed = search(Blocks(q, keys, bias, mask, floor, screening_dtype(q, precision)), threshold if guess else sober, limit)
     if listed is None: return None
     pattern, again = listed.pattern(), listed.uncertain()
     if not guess or not len(again): return pattern
