@@ -206,7 +206,7 @@ def released(d_in: int, d_sae: int, l0: int, x: Tensor) -> Step:
     model = Released(d_in, d_sae).to(x)
     return Step(lambda: model(x).backward(), model.parameters(), lambda: model.encode(x[:PROBE]))
 
-# %% ../../nbs/benchmarks/10_contenders.ipynb #c1e822bb
+# %% ../../nbs/benchmarks/10_contenders.ipynb #d4c5bca3
 def sparsify(dead: float = 0.) -> Callable:
     "A maker of steps of sparsify's SparseCoder, with a share `dead` of the concepts handed to AuxK."
     def make(d_in: int, d_sae: int, l0: int, x: Tensor) -> Step:
@@ -220,8 +220,7 @@ def sparsify(dead: float = 0.) -> Callable:
         return Step(run, model.parameters(), lambda: model(x[:PROBE]).latent_acts)
     return make
 
-contender("sparsify topk", "other libraries", "sparsify")(sparsify())
-contender("sparsify topk, 10 % dead", "other libraries", "sparsify")(sparsify(dead=.1))
+for _name, _dead in [("sparsify topk", 0.), ("sparsify topk, 10 % dead", .1)]: contender(_name, "other libraries", "sparsify")(sparsify(_dead))
 
 # %% ../../nbs/benchmarks/10_contenders.ipynb #69624c42
 def saelens(arch: str, dead: float = 0., **config) -> Callable:
@@ -240,10 +239,10 @@ def saelens(arch: str, dead: float = 0., **config) -> Callable:
         return Step(lambda: forward(x).loss.backward(), model.parameters(), lambda: forward(x[:PROBE]).feature_acts)
     return make
 
-# %% ../../nbs/benchmarks/10_contenders.ipynb #6d1cb5ed
-for _arch, _options in [("topk", {}), ("batchtopk", {}), ("jumprelu", {}), ("gated", {})]: contender(f"SAELens {_arch}", "other libraries", "sae_lens")(saelens(_arch, **_options))
-contender("SAELens topk, sparse", "other libraries", "sae_lens")(saelens("topk", use_sparse_activations=True, rescale_acts_by_decoder_norm=False))
-contender("SAELens topk, 10 % dead", "other libraries", "sae_lens")(saelens("topk", dead=.1))
+# %% ../../nbs/benchmarks/10_contenders.ipynb #51707956
+for _name, _arch, _options in [
+    ("topk", "topk", {}), ("topk, sparse", "topk", dict(use_sparse_activations=True, rescale_acts_by_decoder_norm=False)), ("topk, 10 % dead", "topk", dict(dead=.1)),
+    ("batchtopk", "batchtopk", {}), ("jumprelu", "jumprelu", {}), ("gated", "gated", {})]: contender(f"SAELens {_name}", "other libraries", "sae_lens")(saelens(_arch, **_options))
 
 # %% ../../nbs/benchmarks/10_contenders.ipynb #82043870
 def dictionary_learning(arch: str) -> Callable:
@@ -260,7 +259,7 @@ def dictionary_learning(arch: str) -> Callable:
 
 for _arch in ("topk", "batchtopk", "jumprelu", "gated"): contender(f"dictionary_learning {_arch}", "other libraries", "dictionary_learning")(dictionary_learning(_arch))
 
-# %% ../../nbs/benchmarks/10_contenders.ipynb #b63a9733
+# %% ../../nbs/benchmarks/10_contenders.ipynb #1c961759
 def overcomplete(aux: bool = False) -> Callable:
     "A maker of steps of overcomplete's TopKSAE, with squared error or with its AuxK loss."
     def make(d_in: int, d_sae: int, l0: int, x: Tensor) -> Step:
@@ -275,8 +274,7 @@ def overcomplete(aux: bool = False) -> Callable:
         return Step(lambda: loss().backward(), model.parameters(), lambda: model(x[:PROBE])[1])
     return make
 
-contender("overcomplete topk", "other libraries", "overcomplete")(overcomplete())
-contender("overcomplete topk, AuxK", "other libraries", "overcomplete")(overcomplete(aux=True))
+for _name, _aux in [("overcomplete topk", False), ("overcomplete topk, AuxK", True)]: contender(_name, "other libraries", "overcomplete")(overcomplete(_aux))
 
 # %% ../../nbs/benchmarks/10_contenders.ipynb #e0988eb6
 def make_step(name: str, d_in: int, d_sae: int, n: int, l0: int, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> Step:

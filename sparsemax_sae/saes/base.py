@@ -118,7 +118,7 @@ def wide(self: Scores) -> Scores:
     dtype = torch.promote_types(torch.promote_types(self.queries.dtype, self.keys.dtype), torch.float32)
     return Scores(*(p if p is None else p.to(dtype) for p in (self.queries, self.keys, self.bias)), self.mask)
 
-# %% ../../nbs/saes/00_base.ipynb #d496e533
+# %% ../../nbs/saes/00_base.ipynb #797e6032
 DENSE_ABOVE = 0.05  # share of active entries above which matrix products beat index lists
 
 @patch
@@ -128,7 +128,7 @@ def find_active(self: Sparsifier, scores: Scores, probe: int = 16) -> tuple[Patt
     if self.path == "sparse": return self.search(scores)
     n, m = scores.shape
     if n >= 4*probe and n*m <= 1 << 25 and self.search(scores.some(slice(None, None, n//probe)), DENSE_ABOVE) is None: return None
-    return self.search(scores, 2*DENSE_ABOVE)
+    return self.search(scores, 4*DENSE_ABOVE)
 
 # %% ../../nbs/saes/00_base.ipynb #0a0b012a
 @patch

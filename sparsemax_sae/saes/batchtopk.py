@@ -28,11 +28,11 @@ class GlobalThreshold(Sparsifier):
         self.threshold += (smallest.to(self.threshold) - self.threshold) * (1 if self.batches == 0 else 1 - self.decay)
         self.batches += 1
 
-# %% ../../nbs/saes/batchtopk.ipynb #717f4e94
-def batch_threshold(a: Tensor, offsets: Tensor, share: float = 1., *, k: int) -> Tensor:
-    "The N·`k`-th largest of the scores `a` (nnz,) of all N rows, at least 0: once for every row (N,); guessed, if they are a `share` of all."
-    n = len(offsets) - 1
-    return kth_largest_of_rows(a, offsets[[0, -1]], share, k=n*k).clamp_min(0).expand(n)
+# %% ../../nbs/saes/batchtopk.ipynb #8e6fa966
+def batch_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, k: int) -> Tensor:
+    "The N·`k`-th largest of the scores `a` (CSR, or a matrix without offsets) of all N rows, at least 0: once for every row (N,); guessed, if they are a `share` of all."
+    n = len(a) if offsets is None else len(offsets) - 1
+    return kth_largest_of_rows(a.view(1, -1), None, share, k=n*k).clamp_min(0).expand(n)
 
 # %% ../../nbs/saes/batchtopk.ipynb #f505070b
 @register(SPARSIFIERS, "batchtopk")

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['entmax15_on_support', 'Entmax15']
 
-# %% ../../nbs/saes/entmax15.ipynb #07f6b297
+# %% ../../nbs/saes/entmax15.ipynb #b05a95bb
 from functools import partial
 from torch import Tensor
 from ..ops.codes import Pattern, segment_sum, spread
 from ..ops.entmax import entmax15
-from ..ops.screening import entmax15_move, segment_threshold
+from ..ops.screening import entmax15_move, newton_threshold
 from .base import SPARSIFIERS, Sparsifier, recipe, register
 
 # %% ../../nbs/saes/entmax15.ipynb #c116e7fc
@@ -21,12 +21,12 @@ def entmax15_on_support(a: Tensor, pattern: Pattern) -> Tensor:
     spare = 1 - segment_sum((u - spread(mean, pattern)).square(), pattern)
     return (u - spread(mean - (spare.clamp_min(1e-12) / k).sqrt(), pattern)).relu().square()
 
-# %% ../../nbs/saes/entmax15.ipynb #9274e0fc
+# %% ../../nbs/saes/entmax15.ipynb #8ce11f5a
 @register(SPARSIFIERS, "entmax15")
 class Entmax15(Sparsifier):
     "z = entmax-1.5(s), row by row (arXiv 1905.05702)."
     def dense(self, s: Tensor) -> Tensor: return entmax15(s)
-    def screening(self) -> dict: return dict(threshold=partial(segment_threshold, move=entmax15_move, scale=.5))
+    def screening(self) -> dict: return dict(threshold=partial(newton_threshold, move=entmax15_move, scale=.5))
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor: return entmax15_on_support(a, pattern)
 
 recipe("linear_entmax15", "linear", "entmax15", "free", pre_bias=True, source="our ablation, after arXiv 1905.05702")

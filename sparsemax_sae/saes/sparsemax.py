@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['sparsemax_threshold_on', 'sparsemax_on_support', 'Sparsemax']
 
-# %% ../../nbs/saes/sparsemax.ipynb #5d2f5ed7
+# %% ../../nbs/saes/sparsemax.ipynb #b03a4c07
 from functools import partial
 import torch
 from torch import Tensor
 from ..ops.codes import Pattern, segment_sum, spread
-from ..ops.screening import segment_threshold, sparsemax_move
+from ..ops.screening import newton_threshold, sparsemax_move
 from ..ops.sparsemax import sparsemax, sparsemax_support
 from .base import SPARSIFIERS, Sparsifier, recipe, register
 
@@ -26,7 +26,7 @@ def sparsemax_on_support(a: Tensor, pattern: Pattern) -> Tensor:
     while not torch.equal(still := on & (a.detach() > sparsemax_threshold_on(a.detach(), on, pattern)), on): on = still
     return (a - sparsemax_threshold_on(a, on, pattern)) * on
 
-# %% ../../nbs/saes/sparsemax.ipynb #f0090510
+# %% ../../nbs/saes/sparsemax.ipynb #f7ae85f1
 @register(SPARSIFIERS, "sparsemax")
 class Sparsemax(Sparsifier):
     "z = sparsemax(s), row by row (arXiv 2604.14925, Eq. 4). `values=\"scores\"`: z = s on the support, as in the authors' code."
@@ -35,7 +35,7 @@ class Sparsemax(Sparsifier):
         if values not in ("weights", "scores"): raise ValueError(f"values={values!r}: accepted are 'weights' and 'scores'.")
         self.values = values
     def dense(self, s: Tensor) -> Tensor: return sparsemax(s) if self.values == "weights" else s * sparsemax_support(s)
-    def screening(self) -> dict: return dict(threshold=partial(segment_threshold, move=sparsemax_move))
+    def screening(self) -> dict: return dict(threshold=partial(newton_threshold, move=sparsemax_move))
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor: return sparsemax_on_support(a, pattern) if self.values == "weights" else a
 
 # %% ../../nbs/saes/sparsemax.ipynb #0a812010

@@ -13,9 +13,9 @@ from ..ops.screening import kth_largest_of_rows, largest_of_rows
 from ..ops.topk import check_k, topk
 from .base import SPARSIFIERS, Sparsifier, recipe, register
 
-# %% ../../nbs/saes/topk.ipynb #d6062de9
-def row_threshold(a: Tensor, offsets: Tensor, share: float = 1., *, k: int) -> Tensor:
-    "The `k`-th largest (N,) of the scores `a` (nnz,) of each row, at least 0; guessed, if they are a `share` of all."
+# %% ../../nbs/saes/topk.ipynb #852a2025
+def row_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, k: int) -> Tensor:
+    "The `k`-th largest (N,) of the scores `a` of each row (CSR, or a matrix without offsets), at least 0; guessed, if they are a `share` of all."
     return kth_largest_of_rows(a, offsets, share, k=k).clamp_min(0)
 
 # %% ../../nbs/saes/topk.ipynb #8a931467
