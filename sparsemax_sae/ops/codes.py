@@ -63,14 +63,14 @@ class Pattern:
         if mask.all(): return self
         return Pattern(self.indices[mask], counts_to_offsets(self.rows[mask].bincount(minlength=self.shape[0])), self.n_cols)
 
-# %% ../../nbs/ops/30_codes.ipynb #d73bf56e
+# %% ../../nbs/ops/30_codes.ipynb #461ea87c
 def _bag(values: Tensor, indices: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     "Σ_e values[e]·W[indices[e]] over the entries e of each row: (N, d), accumulated in float32 or better."
     if triton.available(W) and W.dtype != torch.float64: return triton.spmm(values, indices, offsets, W)
     if W.dtype in (torch.float16, torch.bfloat16) and not W.is_cuda:
         return _bag(values.float(), indices, offsets, W.float()).to(W.dtype)
     if len(indices) == 0: return W.new_zeros(len(offsets) - 1, W.shape[1])
-    return F.embedding_bag(indices, W, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return F.embedding_bag(indices, W.detach(), offsets, mode="sum", per_sample_weights=values.detach(), include_last_offset=True)
 
 # %% ../../nbs/ops/30_codes.ipynb #0a049056
 @functools.cache
@@ -97,13 +97,14 @@ def _dots(q: Tensor, K: Tensor, pattern: "Pattern") -> Tensor:
     zeros = torch.sparse_csr_tensor(pattern.offsets, pattern.indices, q.new_zeros(len(pattern)), pattern.shape, check_invariants=False)
     return torch.sparse.sampled_addmm(zeros, q.contiguous(), K.contiguous().T, beta=0).values()
 
-# %% ../../nbs/ops/30_codes.ipynb #b7b56d78
-def _into(pool: dict | None, values: Tensor, q: Tensor, pattern: "Pattern") -> Tensor | None:
-    "Zᵀ q, or None after leaving its factors in the `pool` of this backward pass."
-    if pool is None or torch.is_grad_enabled(): return spmm_t(values, q, pattern)
-    pool.setdefault(torch._C._current_graph_task_id(), []).append((values, q, pattern))
+# %% ../../nbs/ops/30_codes.ipynb #b36a9d89
+def _into(ctx, values: Tensor, q: Tensor) -> Tensor | None:
+    "Zᵀ q for the matrix that is the second input of `ctx`, or None after leaving its factors in the pool of this backward pass."
+    if ctx.pool is None or torch.is_grad_enabled(): return spmm_t(values, q, ctx.pattern)
+    if torch._C._will_engine_execute_node(ctx.next_functions[1][0]):   # else nobody asked for this gradient
+        ctx.pool.setdefault(torch._C._current_graph_task_id(), []).append((values, q, ctx.pattern))
 
-# %% ../../nbs/ops/30_codes.ipynb #7b847f00
+# %% ../../nbs/ops/30_codes.ipynb #1465b4a2
 class _Spmm(torch.autograd.Function):
     "Z W; backward by `sdd` and `spmm_t`."
     @staticmethod
@@ -115,9 +116,9 @@ class _Spmm(torch.autograd.Function):
     def backward(ctx, g):
         (v, W), P = ctx.saved_tensors, ctx.pattern
         return (sdd(g, W, P) if ctx.needs_input_grad[0] else None,
-                _into(ctx.pool, v, g, P) if ctx.needs_input_grad[1] else None, None, None)
+                _into(ctx, v, g) if ctx.needs_input_grad[1] else None, None, None)
 
-# %% ../../nbs/ops/30_codes.ipynb #5bbb9030
+# %% ../../nbs/ops/30_codes.ipynb #b74dfd9c
 class _Sdd(torch.autograd.Function):
     "(q Kᵀ) on the pattern, or the `known` values of it; backward by `spmm` and `spmm_t`."
     @staticmethod
@@ -129,7 +130,7 @@ class _Sdd(torch.autograd.Function):
     def backward(ctx, g):
         (q, K), P = ctx.saved_tensors, ctx.pattern
         return (spmm(g, K, P) if ctx.needs_input_grad[0] else None,
-                _into(ctx.pool, g, q, P) if ctx.needs_input_grad[1] else None, None, None, None)
+                _into(ctx, g, q) if ctx.needs_input_grad[1] else None, None, None, None)
 
 # %% ../../nbs/ops/30_codes.ipynb #64b734b4
 class _SpmmT(torch.autograd.Function):

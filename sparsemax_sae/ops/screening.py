@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'ROOM', 'per_row', 'newton_threshold', 'sparsemax_move', 'entmax15_move', 'descending', 'kth_largest_of_rows',
-           'largest_of_rows', 'rounded', 'roundoff', 'screening_dtype', 'Blocks', 'in_groups', 'stored_error', 'reach',
-           'below', 'Shortlist', 'first_bound', 'open_groups', 'survey', 'walk', 'guessed_in_part', 'sweep',
-           'replace_rows', 'candidates']
+           'largest_of_rows', 'rounded', 'float32_is_float32', 'roundoff', 'screening_dtype', 'Blocks', 'in_groups',
+           'stored_error', 'reach', 'below', 'Shortlist', 'first_bound', 'open_groups', 'survey', 'walk',
+           'guessed_in_part', 'sweep', 'short_list', 'replace_rows', 'candidates']
 
 # %% ../../nbs/ops/35_screening.ipynb #d9d6e98c
 import functools, math
@@ -24,9 +24,10 @@ def per_row(a: Tensor, offsets: Tensor | None) -> tuple[Tensor, Callable, Callab
     rows, reduce = row_ids(offsets, len(a)), functools.partial(torch.segment_reduce, offsets=offsets)
     return reduce(a, "max", initial=-math.inf), lambda v: reduce(v, "sum", initial=0), lambda r: r[rows]
 
-# %% ../../nbs/ops/35_screening.ipynb #353653a9
+# %% ../../nbs/ops/35_screening.ipynb #ec8ef334
 def newton_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, move: Callable, scale: float = 1.) -> Tensor:
     "Thresholds (N,) of the scores `a` of each row, as in `per_row`, by Newton's method from below; -inf without scores. Guessed, if they are a `share` of all."
+    a = a if offsets is None else a.double()   # sums over lists are taken one by one, and lists can be long
     top, sums, spread = per_row(a, offsets)
     x, t, budget = (a - spread(top))*scale, torch.full_like(top, -1.), min(1., share + share**.5)
     while True:
@@ -61,31 +62,37 @@ def kth_largest_of_rows(a: Tensor, offsets: Tensor | None, share: float = 1., *,
     ordered, enough = a[descending(a, row_ids(offsets, len(a)))], offsets.diff() >= k
     return a.new_full((len(enough),), -math.inf).masked_scatter(enough, ordered[(offsets[:-1] + k - 1)[enough]])
 
-# %% ../../nbs/ops/35_screening.ipynb #a4762bab
+# %% ../../nbs/ops/35_screening.ipynb #9e5f76a6
 def largest_of_rows(a: Tensor, offsets: Tensor, k: int) -> Tensor:
     "Mask (nnz,) of the `k` largest positive scores of each row, the first of equals first."
     rows = row_ids(offsets, len(a))
     order = descending(a, rows)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(a), device=a.device)) - offsets[rows]
-    return (rank < k) & (a > 0)
+    return (rank < k) & ~(a <= 0)
 
-# %% ../../nbs/ops/35_screening.ipynb #a9aa903f
+# %% ../../nbs/ops/35_screening.ipynb #54a488b8
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     "`x` (n, d) in `dtype`, the norms (n,) of its rows and the norms (n,) of what rounding took away."
-    r, norm = x.to(dtype), torch.linalg.vector_norm(x, dim=1)
-    return r, norm, torch.zeros_like(norm) if dtype == x.dtype else torch.linalg.vector_norm(r.to(x.dtype).sub_(x), dim=1)
+    least = (x.shape[1]*torch.finfo(x.dtype).tiny)**.5   # what squares too small to be represented may add up to
+    r, norm = x.to(dtype), torch.linalg.vector_norm(x, dim=1) + least
+    return r, norm, torch.zeros_like(norm) if dtype == x.dtype else torch.linalg.vector_norm(r.to(x.dtype).sub_(x), dim=1) + least
 
-# %% ../../nbs/ops/35_screening.ipynb #139477a5
-def roundoff(dtype: torch.dtype, d: int) -> float:
-    "The constant c for products of length `d` in `dtype`, as this process computes them."
-    fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"   # TF32 or bfloat16 behind a float32 face
-    return (d + 4)*torch.finfo(dtype).eps + 2.**-6*fast
+# %% ../../nbs/ops/35_screening.ipynb #f4369b6e
+def float32_is_float32(device_type: str) -> bool:
+    "Whether float32 matrix products are computed in float32 here, as far as PyTorch's settings tell."
+    place = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    try: return torch.get_float32_matmul_precision() == "highest" and place.fp32_precision in ("ieee", "none")
+    except RuntimeError: return place.fp32_precision == "ieee"   # the new settings are in use, and the old ones refuse to answer
 
-# %% ../../nbs/ops/35_screening.ipynb #f48cef1e
+def roundoff(dtype: torch.dtype, d: int, rounded: bool = False) -> float:
+    "The constant c for products of length `d` in `dtype`, of factors that may be silently `rounded` before."
+    return (d + 4)*torch.finfo(dtype).eps + 2.**-6*rounded
+
+# %% ../../nbs/ops/35_screening.ipynb #0062985e
 @functools.cache
 def _fast_bfloat16(device_type: str) -> bool:
     "Whether this machine multiplies bfloat16 matrices faster than float32 ones."
-    if device_type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cuda": return triton.triton is not None and torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
@@ -96,7 +103,7 @@ def screening_dtype(q: Tensor, precision: str = "auto") -> torch.dtype:
     coarse = q.dtype == torch.float32 and (precision == "bfloat16" or precision == "auto" and worth)
     return torch.bfloat16 if coarse else q.dtype
 
-# %% ../../nbs/ops/35_screening.ipynb #894ea2a8
+# %% ../../nbs/ops/35_screening.ipynb #fea56e66
 GROUP, ROOM = 8, 1 << 23   # scores in a group, bytes in a block of scores
 
 class Blocks:
@@ -104,7 +111,7 @@ class Blocks:
     def __init__(self, q: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor | None, floor: Tensor | None, dtype: torch.dtype):
         self.keys, self.bias, self.mask, self.floor = keys, bias, mask, floor
         self.q, norm, lost = rounded(q, dtype)
-        self.c = roundoff(q.dtype, q.shape[1])
+        self.c = roundoff(q.dtype, q.shape[1], dtype == torch.float32 and not float32_is_float32(q.device.type))
         self.by_row = 1.001*torch.stack([lost + self.c*norm, norm + lost, torch.ones_like(norm)], 1)
         self.width = min(len(keys), max(256, ROOM//dtype.itemsize//len(q)//256*256))
 
@@ -117,7 +124,7 @@ class Blocks:
         if self.mask is not None: keys, bias = keys*self.mask[cut, None], bias*self.mask[cut]
         return keys, bias - floor, bias.abs() + floor.abs()
 
-# %% ../../nbs/ops/35_screening.ipynb #3201c5d4
+# %% ../../nbs/ops/35_screening.ipynb #746dfeb9
 def in_groups(s: Tensor) -> Tensor:
     "The columns of `s` (n, w) as (n, g, w/g): group j is `[:, :, j]`."
     return s.unflatten(1, (math.gcd(s.shape[1], GROUP), -1))
@@ -131,33 +138,33 @@ def columns(self: Blocks, cut: slice) -> tuple[Tensor, Tensor | None, Tensor]:
     return keys, bias, torch.stack([norm, lost, (self.c + 2*torch.finfo(keys.dtype).eps)*size])
 
 @patch
-def scores(self: Blocks, start: int) -> tuple[Tensor, Tensor]:
-    "Scores (N, w) of the block that starts at concept `start`, in the buffer, and error bounds (N, w/g) of its groups."
-    keys, bias, by_column = self.columns(slice(start, start + self.width))
+def scores(self: Blocks, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    "Scores (N, w) of the concepts `start`:`stop`, in the buffer, and error bounds (N, w/g) of their groups."
+    keys, bias, by_column = self.columns(slice(start, stop))
     s = self.buffer[:len(self.q)*len(keys)].view(len(self.q), -1)
     torch.mm(self.q, keys.T, out=s) if bias is None else torch.addmm(bias, self.q, keys.T, out=s)
     return s, self.by_row @ in_groups(by_column).amax(1)
 
-# %% ../../nbs/ops/35_screening.ipynb #2db22302
+# %% ../../nbs/ops/35_screening.ipynb #4082e543
 def stored_error(s: Tensor, dtype: torch.dtype) -> Tensor | float:
     "How far scores `s`, computed wider and stored in `dtype`, may be from what was computed."
-    return s.abs()*torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.
+    return s.abs()*(1.01*torch.finfo(dtype).eps) if dtype.itemsize < 4 else 0.
 
 def reach(low: Tensor, dtype: torch.dtype) -> Tensor:
     "The least score, as stored in `dtype`, that may have been `low` before it was stored."
-    return low - 1.01*stored_error(low, dtype)
+    return low - 1.01*stored_error(low, dtype)   # a little more, for errors of errors
 
 # %% ../../nbs/ops/35_screening.ipynb #8fb1735f
 def below(threshold: Tensor) -> Tensor:
     "`threshold` less what rounding may have added to it."
     return threshold - 32*torch.finfo(threshold.dtype).eps*(1 + threshold.abs())
 
-# %% ../../nbs/ops/35_screening.ipynb #4acc49c9
+# %% ../../nbs/ops/35_screening.ipynb #32a8edbd
 class Shortlist:
     "Entries of an (`n_rows`, `n_cols`) matrix that can be active, given `bound`s (n_rows,) for the rows' thresholds."
     def __init__(self, n_rows: int, n_cols: int, bound: Tensor, threshold: Callable | None):
         self.n_rows, self.n_cols, self.bound, self.threshold = n_rows, n_cols, bound, threshold
-        self.parts, self.size, self.kept = [], 0, 0
+        self.parts, self.size, self.kept, self.latest = [], 0, 0, bound
 
     def add(self, keys: Tensor, low: Tensor, high: Tensor, share: float = 1.):
         "Append entries (n,), now from a `share` of the columns; tighten if the list has doubled."
@@ -171,15 +178,15 @@ class Shortlist:
         keys, order = keys.sort()
         low, high, rows = low[order], high[order], keys//self.n_cols
         if self.threshold is not None:
-            self.latest = self.threshold(low, counts_to_offsets(rows.bincount(minlength=self.n_rows)), share)
-            self.bound = self.bound.fmax(below(self.latest))
+            self.latest = below(self.threshold(low, counts_to_offsets(rows.bincount(minlength=self.n_rows)), share).to(low.dtype))
+            self.bound = self.bound.fmax(self.latest)
             able = ~(high < self.bound[rows])
             keys, low, high = keys[able], low[able], high[able]
         self.parts, self.size, self.kept = [(keys, low, high)], len(keys), len(keys)
 
     def uncertain(self) -> Tensor:
         "Numbers of the rows in which a guess was higher than the threshold turned out to be."
-        return (self.bound > self.latest).nonzero()[:, 0] if self.threshold is not None else self.bound.new_zeros(0, dtype=torch.long)
+        return (self.bound > self.latest).nonzero()[:, 0]
 
     def pattern(self) -> Pattern:
         "The entries that are left, if the list is sorted."
@@ -205,24 +212,28 @@ def open_groups(s: Tensor, e: Tensor, hit: Tensor, least: Tensor) -> tuple[Tenso
     error = e[row, group] + stored_error(value, s.dtype)
     return row, group + member*hit.shape[1], value - error, value + error
 
-# %% ../../nbs/ops/35_screening.ipynb #57801f4b
-def survey(blocks: Blocks, listed: Shortlist, start: int, threshold: Callable | None, share: float):
-    "Put the entries of the block at `start` that can be active on the list; with it, a `share` of the concepts has been seen."
-    s, e = blocks.scores(start)
+# %% ../../nbs/ops/35_screening.ipynb #cd3fd6bb
+def survey(blocks: Blocks, listed: Shortlist, start: int, stop: int, threshold: Callable | None):
+    "Put the entries of the concepts `start`:`stop` that can be active on the list; those before them have been seen."
+    share = stop/listed.n_cols
+    s, e = blocks.scores(start, stop)
     head = in_groups(s).amax(1)
     if threshold is not None and start == 0: listed.bound = first_bound(s, head, e, functools.partial(threshold, share=share))
     least = reach(listed.bound[:, None] - e, s.dtype)
     row, column, low, high = open_groups(s, e, ~(head < least), least)
     listed.add(row*listed.n_cols + (column + start), low, high, share)
 
-# %% ../../nbs/ops/35_screening.ipynb #e38a2d45
+# %% ../../nbs/ops/35_screening.ipynb #2fe456e4
 def walk(blocks: Blocks, threshold: Callable | None, limit: float) -> Shortlist | None:
     "The short list of all blocks; None if it grew longer than `limit` of all entries seen."
     n, m = len(blocks.q), len(blocks.keys)
     listed = Shortlist(n, m, blocks.by_row.new_full((n,), 0. if threshold is None else -math.inf), threshold)
-    for start in range(0, m, blocks.width):
-        survey(blocks, listed, start, threshold, min(1., (start + blocks.width)/m))
-        if listed.size > limit*n*min(m, start + blocks.width): return None
+    whole = m//GROUP*GROUP                                   # the last few concepts, less than a group, are a block of their own
+    starts = [*range(0, whole, blocks.width), whole, m]
+    for start, stop in zip(starts, starts[1:]):
+        if start == stop: continue
+        survey(blocks, listed, start, stop, threshold)
+        if listed.size > limit*n*stop: return None
     return listed
 
 # %% ../../nbs/ops/35_screening.ipynb #97ffe4b0
@@ -233,22 +244,32 @@ def guessed_in_part(blocks: Blocks, keys: Tensor, bias: Tensor | None, error: Te
     heads = triton.group_maxima(blocks.q, keys[:part], None if bias is None else bias[:part], GROUP)
     return below(threshold(heads - error[:, None], None, part/m))
 
-# %% ../../nbs/ops/35_screening.ipynb #080ff4a8
-def sweep(blocks: Blocks, threshold: Callable | None, limit: float, capacity: int = 256) -> Shortlist | None:
-    "As `walk`, by Triton kernels; `capacity` is the room for each row's entries at the first try."
+# %% ../../nbs/ops/35_screening.ipynb #4562a622
+def sweep(blocks: Blocks, threshold: Callable | None, limit: float, capacity: int = 256, bound: Tensor | None = None) -> Shortlist | None:
+    "As `walk`, by Triton kernels; `capacity` is the room for each row's entries. NotImplementedError if they do not fit, or hold NaN."
     n, m = len(blocks.q), len(blocks.keys)
     keys, bias, by_column = blocks.columns(slice(None))
     error = blocks.by_row @ by_column.amax(1)
-    bound = torch.zeros_like(error) if threshold is None else guessed_in_part(blocks, keys, bias, error, threshold)
+    if bound is None: bound = torch.zeros_like(error) if threshold is None else guessed_in_part(blocks, keys, bias, error, threshold)
     counts, columns, values = triton.above(blocks.q, keys, bias, bound - error, min(m, capacity))
-    most = int(counts.max())
-    if counts.sum() > limit*n*m: return None
-    if (error + bound).isnan().any() or most > max(capacity, m//8): return walk(blocks, threshold, limit)
-    if most > columns.shape[1]: return sweep(blocks, threshold, limit, most)
+    most, all_of_them, good = torch.stack([counts.max(), counts.sum(), (error + bound).isfinite().all()]).tolist()
+    if all_of_them > limit*n*m: return None
+    if not good or most > max(capacity, m//8): raise NotImplementedError
+    if most > columns.shape[1]: return sweep(blocks, threshold, limit, most, bound)
     taken = torch.arange(columns.shape[1], device=counts.device) < counts[:, None]
     listed, error = Shortlist(n, m, bound, threshold), error[:, None].expand_as(values)[taken]
     listed.add((torch.arange(n, device=counts.device)[:, None]*m + columns.long())[taken], values[taken] - error, values[taken] + error)
     return listed
+
+# %% ../../nbs/ops/35_screening.ipynb #a32808e9
+def short_list(q: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor | None, floor: Tensor | None, precision: str,
+               threshold: Callable | None, limit: float) -> Shortlist | None:
+    "The short list by `sweep` where that is possible, else by `walk`."
+    make = lambda dtype: Blocks(q, keys, bias, mask, floor, dtype)
+    if triton.available(q) and q.dtype == torch.float32:
+        try: return sweep(make(screening_dtype(q, precision)), threshold, limit)
+        except NotImplementedError: pass
+    return walk(make(q.dtype if q.is_cuda else screening_dtype(q, precision)), threshold, limit)
 
 # %% ../../nbs/ops/35_screening.ipynb #5ab4a8eb
 def replace_rows(p: Pattern, rows: Tensor, by: Pattern) -> Pattern:
@@ -257,22 +278,22 @@ def replace_rows(p: Pattern, rows: Tensor, by: Pattern) -> Pattern:
     keys = torch.cat([p.rows[keep]*p.n_cols + p.indices[keep], rows[by.rows]*p.n_cols + by.indices]).sort().values
     return Pattern(keys % p.n_cols, counts_to_offsets((keys//p.n_cols).bincount(minlength=p.shape[0])), p.n_cols)
 
-# %% ../../nbs/ops/35_screening.ipynb #38c41433
+# %% ../../nbs/ops/35_screening.ipynb #9f4b5237
 @torch.no_grad()
 def candidates(q: Tensor, keys: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, threshold: Callable | None = None,
                floor: Tensor | float | None = None, precision: str = "auto", limit: float = 1., guess: bool = True) -> Pattern | None:
     """A pattern that contains every active entry of s = q keysᵀ + bias (N, M), rows in CSR order; None if it would hold more than `limit`·N·M.
 
     Either `threshold(a, offsets, share)`: from scores of each row, as in `per_row`, the rows' thresholds (N,), below which a score is
-    inactive; it must rise with the scores and with their number; if the scores are a `share` < 1 of the row's, a guess. Or `floor` (M,):
-    fixed thresholds of the concepts. Silenced concepts (`mask` False) have score zero. Exact with and without `guess`.
+    inactive; it must rise with the scores and with their number; if the scores are a `share` < 1 of the row's, a guess. Thresholds are
+    each row's own, or one for all rows. Or `floor` (M,): fixed thresholds of the concepts. Silenced concepts (`mask` False) have score
+    zero. Exact with and without `guess`.
     ValueError: neither or both of `threshold` and `floor`."""
     if (threshold is None) == (floor is None): raise ValueError("candidates needs either a `threshold` function or a `floor`: what makes a score inactive?")
     if not len(q) or not len(keys): return Pattern(q.new_zeros(0, dtype=torch.long), q.new_zeros(len(q) + 1, dtype=torch.long), len(keys))
     if floor is not None: floor = torch.as_tensor(floor, dtype=q.dtype, device=q.device).expand(len(keys))
     sober = None if threshold is None else lambda a, offsets, share=1.: threshold(a, offsets)
-    search = sweep if triton.available(q) and q.dtype == torch.float32 else walk
-    listed = search(Blocks(q, keys, bias, mask, floor, screening_dtype(q, precision)), threshold if guess else sober, limit)
+    with torch.autocast(q.device.type, enabled=False): listed = short_list(q, keys, bias, mask, floor, precision, threshold if guess else sober, limit)
     if listed is None: return None
     pattern, again = listed.pattern(), listed.uncertain()
     if not guess or not len(again): return pattern

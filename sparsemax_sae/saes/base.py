@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['DENSE_ABOVE', 'SCORERS', 'SPARSIFIERS', 'DICTIONARIES', 'AUXILIARIES', 'RECIPES', 'NORMALIZE', 'LOSSES', 'Scores',
            'Part', 'Scorer', 'Encoding', 'Sparsifier', 'Dictionary', 'register', 'look_up', 'Recipe', 'recipe',
-           'recipes', 'normalizer', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input', 'geometric_median',
-           'resolve', 'make_sae']
+           'recipes', 'normalizer', 'denormalized', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input',
+           'geometric_median', 'resolve', 'make_sae']
 
-# %% ../../nbs/saes/00_base.ipynb #b7afd672
+# %% ../../nbs/saes/00_base.ipynb #8ee25ff2
 import importlib, inspect, json, pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from fastcore.basics import patch
@@ -75,11 +76,11 @@ class Encoding:
     pattern: Pattern | None
     scores: Scores
 
-# %% ../../nbs/saes/00_base.ipynb #5c6a3dc4
+# %% ../../nbs/saes/00_base.ipynb #08a352e9
 class Sparsifier(Part):
     "Scores → codes."
     path = "auto"        # "sparse" and "dense" force one way: for tests and benchmarks
-    precision = "auto"   # of the screening, see `screening_dtype`; the result does not depend on it
+    precision = "auto"   # of the screening, see `screening_dtype`; what is found does not depend on it
 
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor:
         "Activations of the active scores `a` (nnz,) on `pattern`; of all scores (N, M) if `pattern` is None."
@@ -94,22 +95,25 @@ class Sparsifier(Part):
         how = self.screening()
         if how is None: return torch.ones_like(a, dtype=torch.bool)
         if "threshold" in how: return a > how["threshold"](a, pattern.offsets)[pattern.rows]
-        return a > torch.as_tensor(how["floor"], device=a.device).expand(pattern.n_cols)[pattern.indices]
+        return a > torch.as_tensor(how["floor"], dtype=a.dtype, device=a.device).expand(pattern.n_cols)[pattern.indices]
     def losses(self, enc: Encoding, x: Tensor, dictionary: "Dictionary") -> dict[str, Tensor]:
         "Extra loss terms by name, weighted."
         return {}
 
-# %% ../../nbs/saes/00_base.ipynb #8d92b3e4
+# %% ../../nbs/saes/00_base.ipynb #bdca0b49
 @patch
 @torch.no_grad()
 def search(self: Sparsifier, scores: Scores, limit: float = 1.) -> tuple[Pattern, Tensor] | None:
-    "The active entries of `scores` and their dot products (nnz,); None if more than `limit` of all entries are candidates."
+    "The active entries of `scores` and their dot products (nnz,); None if more than `limit` of all entries are candidates, or one is NaN."
     s, how = scores.wide(), self.screening()
-    if how is None: pattern = pattern_of(self.dense(s.dense()) != 0)
-    else: pattern = candidates(s.queries, s.keys, s.bias, s.mask, precision=self.precision, limit=limit, **how)
-    if pattern is None or pattern.density > limit: return None
-    dots = s.dots(pattern)
-    on = self.keep(s.at(pattern, dots), pattern)
+    with torch.autocast(s.queries.device.type, enabled=False):
+        if how is None: pattern = pattern_of(self.dense(s.dense()) != 0)
+        else: pattern = candidates(s.queries, s.keys, s.bias, s.mask, precision=self.precision, limit=limit, **how)
+        if pattern is None or pattern.density > limit: return None
+        dots = s.dots(pattern)
+        a = s.at(pattern, dots)
+        if a.isnan().any(): return None
+        on = self.keep(a, pattern)
     return pattern.keep(on), dots[on]
 
 @patch
@@ -130,7 +134,7 @@ def find_active(self: Sparsifier, scores: Scores, probe: int = 16) -> tuple[Patt
     if n >= 4*probe and n*m <= 1 << 25 and self.search(scores.some(slice(None, None, n//probe)), DENSE_ABOVE) is None: return None
     return self.search(scores, 4*DENSE_ABOVE)
 
-# %% ../../nbs/saes/00_base.ipynb #0a0b012a
+# %% ../../nbs/saes/00_base.ipynb #79d50bb7
 @patch
 def encode(self: Sparsifier, scores: Scores) -> Encoding:
     "Codes of a batch, by index lists where the active entries are few, by matrices where they are many."
@@ -140,7 +144,7 @@ def encode(self: Sparsifier, scores: Scores) -> Encoding:
         return Encoding(Codes.from_dense(self.dense(s)), s, None, scores)
     pattern, dots = found
     a = scores.at(pattern, dots)
-    return Encoding(Codes(self.activate(a, pattern), pattern, scores.shape), a, pattern, scores)
+    return Encoding(Codes(self.activate(a, pattern).to(scores.keys.dtype), pattern, scores.shape), a, pattern, scores)
 
 # %% ../../nbs/saes/00_base.ipynb #d26206b0
 class Dictionary(Part):
@@ -214,6 +218,11 @@ def normalizer(x: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     scale = x.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) + 1e-5 if mode == "standardize" else x.norm(dim=-1, keepdim=True)
     return (x - shift) / scale.clamp_min(1e-12), shift, scale
 
+# %% ../../nbs/saes/00_base.ipynb #8a191e97
+def denormalized(u: Tensor, shift: Tensor, scale: Tensor, mode: str) -> Tensor:
+    "x = u·scale + shift."
+    return u if mode == "none" else torch.addcmul(shift, u, scale)
+
 # %% ../../nbs/saes/00_base.ipynb #d91d63cc
 @dataclass
 class SAEOutput:
@@ -223,14 +232,15 @@ class SAEOutput:
     loss: Tensor
     parts: dict[str, Tensor]
 
-# %% ../../nbs/saes/00_base.ipynb #4f1b1d46
+# %% ../../nbs/saes/00_base.ipynb #cb9ac021
 LOSSES = ("mse", "release")
 
 def reconstruction_loss(u: Tensor, u_hat: Tensor, norm: Tensor, loss: str) -> Tensor:
     "Squared error, mean over tokens and dimensions; `norm` (N, 1) is ‖x‖ where x = norm·u. Sum-safe for an empty batch."
-    e = (u_hat - u).float().pow(2) if u.dtype != torch.float64 else (u_hat - u).pow(2)
-    if loss == "release": e = 10 * norm * e
-    return e.sum() / max(1, e.numel())
+    wide = torch.promote_types(u.dtype, torch.float32)
+    u, u_hat = u.to(wide), u_hat.to(wide)
+    total = F.mse_loss(u_hat, u, reduction="sum") if loss == "mse" else 10*((u_hat - u).square().sum(-1, keepdim=True)*norm).sum()
+    return total / max(1, u.numel())
 
 # %% ../../nbs/saes/00_base.ipynb #32a207db
 class SAE(nn.Module):
@@ -293,7 +303,7 @@ def encode(self: SAE, x: Tensor) -> Codes:
     codes = self._encode(self.normalised(x)[0]).codes
     return (codes if codes.is_dense else codes.compact()).view(*x.shape[:-1])
 
-# %% ../../nbs/saes/00_base.ipynb #6e7e8719
+# %% ../../nbs/saes/00_base.ipynb #afc26a30
 @patch
 def decode(self: SAE, codes: Codes, like: Tensor | None = None) -> Tensor:
     """x_hat (*leading, d_in) of `codes`.
@@ -304,17 +314,17 @@ def decode(self: SAE, codes: Codes, like: Tensor | None = None) -> Tensor:
     u_hat = self.dictionary(codes)
     if like is None: return u_hat
     _, shift, scale = self.normalised(like)
-    return (u_hat.reshape(-1, self.d_in) * scale + shift).reshape(like.shape).to(like.dtype)
+    return denormalized(u_hat.reshape(-1, self.d_in), shift, scale, self.normalize).reshape(like.shape).to(like.dtype)
 
 @patch
 def reconstruct(self: SAE, x: Tensor) -> tuple[Tensor, Codes]:
     "(x_hat in the units of x (*leading, d_in), codes): encode, decode, undo the normalisation. ValueError: wrong width, NaN."
     u, shift, scale = self.normalised(x)
     codes = self._encode(u).codes
-    x_hat = self.dictionary(codes) * scale + shift
+    x_hat = denormalized(self.dictionary(codes), shift, scale, self.normalize)
     return x_hat.reshape(x.shape).to(x.dtype), codes.view(*x.shape[:-1])
 
-# %% ../../nbs/saes/00_base.ipynb #6784ade2
+# %% ../../nbs/saes/00_base.ipynb #ca2c56ad
 @patch
 def forward(self: SAE, x: Tensor) -> SAEOutput:
     "x_hat, codes, loss and its parts for activations `x` (*leading, d_in). In training mode running statistics are updated. ValueError: wrong width, NaN."
@@ -325,7 +335,7 @@ def forward(self: SAE, x: Tensor) -> SAEOutput:
         parts = dict(reconstruction=reconstruction_loss(u, u_hat, scale, self.loss_name),
                      **self.sparsifier.losses(enc, u, self.dictionary), **self.aux.losses(enc, u, u_hat, self.dictionary))
     if self.training: self.observe(enc.codes.detach())
-    x_hat = (u_hat * scale + shift).reshape(x.shape).to(x.dtype)
+    x_hat = denormalized(u_hat, shift, scale, self.normalize).reshape(x.shape).to(x.dtype)
     return SAEOutput(x_hat, enc.codes.view(*x.shape[:-1]), sum(parts.values()), {k: v.detach() for k, v in parts.items()})
 
 @patch

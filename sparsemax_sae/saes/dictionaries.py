@@ -32,14 +32,16 @@ def forward(self: Free, codes: Codes, bias: bool = True, frozen: bool = False) -
     x_hat = codes @ W
     return x_hat + b if bias and b is not None else x_hat
 
-# %% ../../nbs/saes/20_dictionaries.ipynb #77bed937
+# %% ../../nbs/saes/20_dictionaries.ipynb #4254eb14
 @register(DICTIONARIES, "unit")
 class Unit(Free):
     "`Free` with ‖W_dec[j]‖ = 1, kept by projection around every optimizer step."
     def norms(self) -> None: return None
     @torch.no_grad()
     def before_step(self):
-        if (g := self.W_dec.grad) is not None: g.addcmul_(torch.linalg.vecdot(g, self.W_dec)[:, None], self.W_dec, value=-1)
+        if self.W_dec.grad is None: return
+        for g, w in zip(self.W_dec.grad.split(512), self.W_dec.split(512)):   # slices that stay in cache
+            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
     @torch.no_grad()
     def after_step(self): self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 

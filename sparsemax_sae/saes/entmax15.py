@@ -13,13 +13,13 @@ from ..ops.entmax import entmax15
 from ..ops.screening import entmax15_move, newton_threshold
 from .base import SPARSIFIERS, Sparsifier, recipe, register
 
-# %% ../../nbs/saes/entmax15.ipynb #c116e7fc
+# %% ../../nbs/saes/entmax15.ipynb #973097bd
 def entmax15_on_support(a: Tensor, pattern: Pattern) -> Tensor:
     "Entmax-1.5 weights (nnz,) of the scores `a` (nnz,) of each row's support."
-    u, k = a / 2, pattern.offsets.diff().clamp_min(1)
+    u, k = a.double() / 2, pattern.offsets.diff().clamp_min(1)
     mean = segment_sum(u, pattern) / k
     spare = 1 - segment_sum((u - spread(mean, pattern)).square(), pattern)
-    return (u - spread(mean - (spare.clamp_min(1e-12) / k).sqrt(), pattern)).relu().square()
+    return (u - spread(mean - (spare.clamp_min(1e-12) / k).sqrt(), pattern)).relu().square().to(a.dtype)
 
 # %% ../../nbs/saes/entmax15.ipynb #8ce11f5a
 @register(SPARSIFIERS, "entmax15")

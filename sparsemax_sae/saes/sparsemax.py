@@ -14,7 +14,7 @@ from ..ops.screening import newton_threshold, sparsemax_move
 from ..ops.sparsemax import sparsemax, sparsemax_support
 from .base import SPARSIFIERS, Sparsifier, recipe, register
 
-# %% ../../nbs/saes/sparsemax.ipynb #de4d87e2
+# %% ../../nbs/saes/sparsemax.ipynb #4627dc2a
 def sparsemax_threshold_on(a: Tensor, on: Tensor, pattern: Pattern) -> Tensor:
     "Eq. 7, τ for every entry (nnz,), from the scores `a` (nnz,) of the entries that are `on` (nnz,) in each row."
     on = on.to(a.dtype)
@@ -22,9 +22,9 @@ def sparsemax_threshold_on(a: Tensor, on: Tensor, pattern: Pattern) -> Tensor:
 
 def sparsemax_on_support(a: Tensor, pattern: Pattern) -> Tensor:
     "Sparsemax weights (nnz,) of the scores `a` (nnz,) on each row's support, or on candidates for it: exact over the entries given."
-    on = torch.ones_like(a, dtype=torch.bool)
-    while not torch.equal(still := on & (a.detach() > sparsemax_threshold_on(a.detach(), on, pattern)), on): on = still
-    return (a - sparsemax_threshold_on(a, on, pattern)) * on
+    wide, on = a.double(), torch.ones_like(a, dtype=torch.bool)
+    while not torch.equal(still := on & (wide.detach() > sparsemax_threshold_on(wide.detach(), on, pattern)), on): on = still
+    return ((wide - sparsemax_threshold_on(wide, on, pattern)) * on).to(a.dtype)
 
 # %% ../../nbs/saes/sparsemax.ipynb #f7ae85f1
 @register(SPARSIFIERS, "sparsemax")

@@ -1,0 +1,452 @@
+"""The sparse engine against dense float64: what it skips must not matter, in no order, precision or block size, and no matrix of scores is ever held.
+
+Triton's interpreter is chosen when triton is first imported, so `test_the_chain_under_the_interpreter` runs the last part once more, in a process of its own."""
+import contextlib, functools, math, os, re, subprocess, sys, threading
+from unittest import mock
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from sparsemax_sae.ops import codes as ops, screening, triton as kernels
+from sparsemax_sae.ops.codes import Pattern, counts_to_offsets, pooling, sdd, spmm
+from sparsemax_sae.ops.entmax import entmax15_reference
+from sparsemax_sae.ops.screening import candidates
+from sparsemax_sae.ops.sparsemax import sparsemax_reference
+from sparsemax_sae.saes import base, dead
+from sparsemax_sae.saes.base import SPARSIFIERS, SAE, Scores, make_sae, recipes
+from sparsemax_sae.training.config import make_config
+from sparsemax_sae.training.trainer import make_optimizer, train_step
+
+inf, nan, EPS = math.inf, math.nan, 2.**-23
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RECIPES = list(recipes())
+prop = settings(deadline=None, derandomize=True, max_examples=25)
+outside = pytest.mark.skipif(INTERPRETED, reason="not a matter of the interpreter")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def generator(seed=0): return torch.Generator().manual_seed(seed)
+def rand(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+def close(a, b, atol=0., rtol=0.): torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=rtol)
+
+@contextlib.contextmanager
+def engine(room=1 << 23, group=8, guess=True, threads=1):
+    "The engine with other block and group sizes, with or without guesses, on other threads: all of it must be without effect."
+    before = torch.get_num_threads(); torch.set_num_threads(threads)
+    with mock.patch.multiple(screening, ROOM=room, GROUP=group), mock.patch.object(base, "candidates", functools.partial(candidates, guess=guess)): yield
+    torch.set_num_threads(before)
+
+@contextlib.contextmanager
+def spy(owner, name):
+    "Results of all calls of `owner.name`."
+    seen, real = [], getattr(owner, name)
+    def wrapper(*args, **kwargs):
+        seen.append(real(*args, **kwargs))
+        return seen[-1]
+    with mock.patch.object(owner, name, wrapper): yield seen
+
+
+# ---- problems ----
+class Problem:
+    "Queries, keys, bias and mask, with the size of the scores; `exact` if float32 makes no error in them."
+    def __init__(self, q, K, bias=None, mask=None, scale=1., exact=False):
+        self.q, self.K, self.bias, self.mask, self.scale, self.exact = q, K, bias, mask, scale, exact
+        self.n, self.m, self.d = len(q), *K.shape
+    def __repr__(self):
+        return f"Problem(n={self.n}, m={self.m}, d={self.d}, scale={self.scale:g}, exact={self.exact}, bias={self.bias is not None}, mask={self.mask is not None})"
+    def scores(self): return Scores(self.q, self.K, self.bias, self.mask)
+    def wide(self): return Scores(self.q.double(), self.K.double(), None if self.bias is None else self.bias.double(), self.mask)
+    def error(self):
+        "How far a float32 score may be off, (N, M)."
+        if self.exact: return torch.zeros(self.n, self.m, dtype=torch.float64)
+        size = self.wide().queries.norm(dim=1)[:, None]*self.wide().keys.norm(dim=1)
+        return (self.d + 8)*EPS*(size if self.bias is None else size + self.bias.double().abs())
+
+@st.composite
+def problems(draw, max_n=40, max_m=700, max_d=48):
+    "Random scores or whole ones, full of ties; concepts alike, silent, or all of a kind; zeros; biases of any size."
+    n, m, d = (draw(st.integers(1, top)) for top in (max_n, max_m, max_d))
+    g, exact, scale = generator(draw(st.integers(0, 2**20))), draw(st.booleans()), 2.**draw(st.integers(-10, 10))
+    number = (lambda *shape: torch.randint(-2, 3, shape, generator=g).float()) if exact else (lambda *shape: torch.randn(*shape, generator=g))
+    some = lambda n: torch.randint(n, (max(1, n//4),), generator=g)
+    q, K = number(n, d), number(m, d)*scale
+    kind = draw(st.sampled_from(["plain", "plain", "duplicates", "constant", "negative", "one", "all"]))
+    if kind == "duplicates": K = K[some(m)[torch.randint(max(1, m//4), (m,), generator=g)]]
+    if kind == "constant": K[:] = K[:1].clone()
+    if kind in ("negative", "one"): q, K = q.abs(), -K.abs()
+    if kind == "one": K[some(m)[0]] *= -1
+    if kind == "all": q, K = q.abs() + 1, K.abs() + scale
+    if draw(st.booleans()): q[some(n)] = 0
+    if draw(st.booleans()): K[some(m)] = 0
+    size = draw(st.sampled_from([None, None, "alike", "far", "any"]))
+    bias = None if size is None else number(m)*scale
+    if size == "far": bias += draw(st.sampled_from([-1024., 1024.]))*scale
+    if size == "any": bias[some(m)], bias[some(m)] = -2.**100, 0. if exact else 1e-30
+    if size == "any" and draw(st.booleans()): bias[some(m)] = 8192.*scale
+    mask = {"none": None, "half": torch.rand(m, generator=g) < .5, "one": torch.arange(m) == m//2, "all": torch.zeros(m, dtype=torch.bool)}[
+        draw(st.sampled_from(["none", "none", "half", "one", "all"]))]
+    return Problem(q, K, bias, mask, scale, exact)
+
+def plain(n, m, d, seed=0, scale=1., bias=False, mask=False):
+    g = generator(seed)
+    return Problem(torch.randn(n, d, generator=g), torch.randn(m, d, generator=g)*scale/d**.5, torch.randn(m, generator=g)*scale if bias else None,
+                   torch.rand(m, generator=g) < .8 if mask else None, scale)
+
+def whole(n, m, d, seed=0):
+    g = generator(seed)
+    return Problem(*(torch.randint(-2, 3, shape, generator=g).float() for shape in ((n, d), (m, d), (m,))), exact=True)
+
+VARIANTS = ["sparsemax", "sparsemax/scores", "entmax15", "topk", "batchtopk", "batchtopk/eval", "jumprelu", "jumprelu/eval", "gated", "relu"]
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+def make(variant, p, k=1, seed=0, path="sparse", precision="float32"):
+    "The sparsifier of a problem, with parameters of the size of its scores."
+    name, _, mode = variant.partition("/")
+    hyper = dict(k=k) if "topk" in name else dict(eps=p.scale) if name == "jumprelu" else dict(values="scores") if mode == "scores" else {}
+    sp, g = SPARSIFIERS[name](p.d, p.m, **hyper).train(mode != "eval"), generator(seed)
+    sp.path, sp.precision = path, precision
+    if name == "jumprelu": sp.log_theta.data = (p.scale*(.1 + 3*torch.rand(p.m, generator=g))).log()
+    if name == "gated":
+        for b in (sp.b_gate, sp.b_mag): b.data = torch.randint(-2, 3, (p.m,), generator=g)*p.scale
+        sp.r_mag.data = torch.randn(p.m, generator=g)*.3
+    if variant == "batchtopk/eval": sp.threshold.fill_(p.scale*float(torch.randint(0, 4, (), generator=g)))
+    return sp
+
+
+# ---- the definitions, dense and in float64 ----
+def thresholds(sp, s):
+    "What a score must exceed, as (N, 1) or (M,), and where it does (of equals, the first), by definition."
+    name = type(sp).__name__
+    if name in ("Sparsemax", "Entmax15"):
+        p = (sparsemax_reference if name == "Sparsemax" else entmax15_reference)(s)
+        top = p.amax(1, keepdim=True)
+        return s.amax(1, keepdim=True) - (top if name == "Sparsemax" else 2*top.sqrt()), p > 0
+    if name == "TopK" or name == "BatchTopK" and sp.training:
+        rows = s if name == "TopK" else s.reshape(1, -1)
+        best = rows.sort(dim=1, descending=True, stable=True)
+        k = sp.k*len(s)//len(rows)
+        on = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best.indices[:, :k], True) & (rows > 0)
+        return best.values[:, k-1:k].clamp(min=0), on.view(s.shape)
+    floor = {"BatchTopK": lambda: sp.threshold, "JumpReLU": lambda: sp.log_theta.exp(), "Gated": lambda: -sp.b_gate, "ReLU": lambda: torch.zeros(())}[name]()
+    floor = floor.detach().double().expand(s.shape[1])
+    return floor, s > floor
+
+def activations(sp, s, on, p):
+    "The codes (N, M) of scores `s` if the entries `on` are active; `p` holds the sparsifier's parameters in float64. Differentiable, as published."
+    name, n = type(sp).__name__, on.sum(1, keepdim=True).clamp(min=1)
+    s = torch.where(on, s, s.detach().clamp(-1e300, 1e300)) if name != "JumpReLU" else s
+    if name == "Sparsemax" and sp.values == "weights": return (s - ((s*on).sum(1, keepdim=True) - 1)/n)*on
+    if name == "Entmax15":
+        u = s/2; u = u - (u*on).sum(1, keepdim=True)/n
+        return (u + ((1 - (u.square()*on).sum(1, keepdim=True)).clamp(min=1e-300)/n).sqrt()).square()*on
+    if name == "JumpReLU":
+        theta, near = p["log_theta"].exp(), ((s - sp.log_theta.detach().exp().double()).abs() < sp.eps/2).double()
+        return s*on - (theta.detach()*near/sp.eps).detach()*(theta - theta.detach())
+    if name == "Gated": return (s*p["r_mag"].exp() + p["b_mag"]).relu()*on
+    return s*on
+
+def kinks(sp, s, off):
+    "Where the gradient jumps within `off` of the scores."
+    if type(sp).__name__ == "JumpReLU": return ((s - sp.log_theta.detach().exp().double()).abs() - sp.eps/2).abs() <= off + 4*EPS*s.abs()
+    if type(sp).__name__ == "Gated": return (s*sp.r_mag.detach().double().exp() + sp.b_mag.detach()).abs() <= 4*off + 8*EPS*(s.abs() + sp.b_mag.detach().abs())
+    return torch.zeros_like(s, dtype=torch.bool)
+
+def check_pattern(p, shape):
+    "CSR, ascending, nothing twice."
+    assert p.shape == shape and p.indices.dtype == p.offsets.dtype == torch.int64 and p.offsets[0] == 0 and p.offsets[-1] == len(p.indices)
+    assert ((p.rows*p.n_cols + p.indices).diff() > 0).all() and (not len(p) or 0 <= p.indices.min() <= p.indices.max() < p.n_cols)
+
+def mask_of(pattern): return torch.zeros(pattern.shape, dtype=torch.bool).index_put((pattern.rows, pattern.indices), torch.tensor(True))
+
+def check(sp, p, seed=0):
+    "The sparse path of `sp` on the problem `p`: support, codes and all gradients."
+    inputs = [x.clone().requires_grad_() for x in (p.q, p.K, p.bias) if x is not None]
+    enc = sp.encode(Scores(*inputs[:2], inputs[2] if p.bias is not None else None, p.mask))
+    check_pattern(enc.pattern, (p.n, p.m))
+    z, name = enc.codes.to_dense(), type(sp).__name__
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    s = Scores(*wide[:2], wide[2] if p.bias is not None else None, p.mask).dense(); s.retain_grad()
+    x, (tau, active) = s.detach(), thresholds(sp, s.detach())
+
+    on = z.detach() != 0 if name == "JumpReLU" or name == "Sparsemax" and sp.values == "weights" else mask_of(enc.pattern)
+    error, coupled = p.error(), name == "BatchTopK" and sp.training
+    worst = (error*(on | active)).amax() if coupled else (error*(on | active)).amax(1, keepdim=True)
+    off = error + worst*(tau.ndim == 2)
+    if name in ("Sparsemax", "Entmax15"): off = off + 8*EPS
+    wrong = (on != active) & ~((x - tau).abs() <= off)
+    assert not wrong.any(), f"{int(wrong.sum())} entries, first {wrong.nonzero()[0].tolist()}: s={x[wrong][0]}, tau={tau.expand_as(x)[wrong][0]}, within {off[wrong][0]}"
+    if name in ("TopK", "BatchTopK"):
+        count = lambda on: on.sum() if coupled else on.sum(1)
+        if tau.ndim == 2: assert (count(on) <= count(torch.ones_like(on))*sp.k/p.m + .5).all() and ((count(on) == count(active)) | (tau[:, 0] <= off.amax(1))).all()
+    if name in ("Sparsemax", "Entmax15"): assert on.any(1).all()
+
+    params, grads = list(sp.parameters()), rand(p.n, p.m, seed=seed, dtype=torch.float64)
+    ours = {k: v.detach().double().requires_grad_() for k, v in sp.named_parameters()}
+    ref, G = activations(sp, s, on, ours), grads.masked_fill(kinks(sp, x, off), 0)
+    gain, size = (sp.r_mag.detach().double().exp(), x.abs() + sp.b_mag.detach().abs()) if name == "Gated" else (1, ref.abs())
+    assert not ((z - ref).abs() > gain*(off + 1e-6*size*on)).any(), f"values off by {(z - ref).abs().max()}"
+
+    got = torch.autograd.grad((z*G.float()).sum(), inputs + params, allow_unused=True)
+    want = torch.autograd.grad((ref*G.float().double()).sum(), wide + list(ours.values()) + [s], allow_unused=True)
+    slope, w = want[-1].abs(), {"Sparsemax": on.double(), "Entmax15": ref.detach().sqrt()}.get(name)
+    if w is not None: slope = slope + (w + 1e6*off*on*(name == "Entmax15"))*(G.abs() + (w*G.abs()).sum(1, keepdim=True)/w.sum(1, keepdim=True))
+    if p.mask is not None: slope = slope*p.mask
+    for a, b, bound in zip(got[:len(inputs)], want, [slope @ wide[1].detach().abs(), slope.T @ wide[0].detach().abs(), slope.sum(0)]):
+        assert not ((a - b).abs() > 1e-5*bound).any(), f"gradient off by {(a - b).abs().max()}"
+    for a, b in zip(got[len(inputs):], want[len(inputs):] if sp.training or name == "Gated" else []):
+        if b is not None: close(a, b, atol=1e-5*float(b.abs().max()) + 3*float((off*on*G.abs()*gain).sum(0).max()))
+        else: assert a is None or not a.any()
+
+
+# ---- every sparsifier: support, codes, gradients ----
+@outside
+@variants
+@prop
+@given(p=problems(), part=st.floats(0, 1), room=st.sampled_from([1, 1 << 23]), group=st.sampled_from([1, 8, 16]), precision=st.sampled_from(["float32", "bfloat16"]),
+       seed=st.integers(0, 999))
+def test_the_sparse_path_is_the_definition(variant, p, part, room, group, precision, seed):
+    k = max(1, round(part**2*p.m)) if part < .95 else p.m
+    with engine(room, group): check(make(variant, p, k, seed, precision=precision), p, seed)
+
+
+# ---- whole SAEs ----
+def small_sae(name, d_in=24, d_sae=300, seed=0, path="sparse", **hyper):
+    "An SAE with parameters that matter, and some concepts dead and some silenced where it knows of such."
+    torch.manual_seed(seed)
+    sparsifier = recipes()[name].sparsifier
+    hyper = {"topk": dict(k=7), "batchtopk": dict(k=7), "jumprelu": dict(theta=.3, eps=.2, l0=.01), "relu": dict(l1=.01), "gated": dict(l1=.01)}.get(sparsifier, {}) | hyper
+    sae = make_sae(name, d_in, d_sae, dead_after=5, **hyper)
+    for p in sae.parameters():
+        if p.ndim == 1: p.data += .1*torch.randn(p.shape)
+    if hasattr(sae.scorer, "concepts"): sae.scorer.concepts.data *= 5
+    if hasattr(sae.scorer, "frequency"): sae.scorer.frequency[::3] = .5
+    sae.aux.since_fired[::4] = 9
+    sae.sparsifier.path = path
+    return sae
+
+def twin(sae):
+    "The same SAE in float64, dense."
+    other = SAE(sae.config).double()
+    other.load_state_dict(sae.state_dict()); other.train(sae.training).sparsifier.path = "dense"
+    return other
+
+def same_gradients(a, b, rtol=1e-5):
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None: close(p.grad, q.grad, atol=rtol*float(q.grad.abs().max()) + 1e-12)
+
+@outside
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_whole_sae_is_the_dense_one(name, training):
+    for seed, (n, room, aux) in enumerate([(33, 1, "aux_k"), (7, 1 << 23, "aux_k"), (1, 1, "none")]):
+        sae, x = small_sae(name, seed=seed, aux=aux).train(training), rand(n, 24, seed=seed) + .3
+        if name == "batchtopk": sae.sparsifier.threshold.fill_(.8)
+        ref = twin(sae)
+        with engine(room): out = sae(x); out.loss.backward()
+        want = ref(x.double()); want.loss.backward()
+        assert not out.codes.is_dense and want.codes.is_dense and out.parts.keys() == want.parts.keys()
+        assert torch.equal(out.codes.to_dense() != 0, want.codes.to_dense() != 0)
+        close(out.loss.detach(), want.loss.detach(), rtol=1e-5)
+        close(out.x_hat.detach(), want.x_hat.detach(), atol=2e-6*float(want.x_hat.abs().max()))
+        same_gradients(sae, ref)
+        for a, b in zip(sae.buffers(), ref.buffers()): close(a, b, rtol=1e-5)
+
+@outside
+@pytest.mark.parametrize("name", ["topk", "sparsemax", "jumprelu"])
+def test_other_precisions_and_shapes(name):
+    x = rand(3, 5, 24)
+    for dtype, tol in ((torch.float64, 1e-12), (torch.bfloat16, .2)):
+        sae = small_sae(name).to(dtype); ref = twin(sae)
+        out, want = sae(x.to(dtype)), ref(x.to(dtype).double())
+        out.loss.backward(); want.loss.backward()
+        assert out.x_hat.shape == x.shape and out.codes.shape == (3, 5, 300) and not out.codes.is_dense
+        if dtype == torch.float64: assert torch.equal(out.codes.to_dense() != 0, want.codes.to_dense() != 0)
+        close(out.loss.detach(), want.loss.detach(), rtol=tol)
+        same_gradients(sae, ref, tol)
+    for empty in (x[:0], x[:, :0]):
+        out = small_sae(name)(empty); out.loss.backward()
+        assert out.loss == 0 and out.x_hat.shape == empty.shape
+
+
+# ---- screening: nothing active is lost ----
+def active_of(sp, s):
+    "Where float64 scores `s` are active; of equals that compete for the last place, all."
+    tau, on = thresholds(sp, s)
+    return (s >= tau) & (s > 0) if type(sp).__name__ in ("TopK", "BatchTopK") and sp.training else on
+
+def none_lost(sp, p, precision="float32", guess=True, **how):
+    "The candidates, which hold every active entry."
+    pattern = candidates(p.q, p.K, p.bias, p.mask, precision=precision, guess=guess, **(how or sp.screening()))
+    check_pattern(pattern, (p.n, p.m))
+    lost = active_of(sp, p.wide().dense()) & ~mask_of(pattern)
+    assert not lost.any(), f"{int(lost.sum())} lost, first {lost.nonzero()[0].tolist()}"
+    return pattern
+
+every_way = [(precision, guess, room, group) for precision in ("float32", "bfloat16") for guess in (True, False) for room, group in ((1, 1), (1, 8), (1, 16), (1 << 23, 8))]
+
+def none_lost_in_any_way(p, k=20, only=VARIANTS):
+    for variant in only:
+        sp = make(variant, p, min(k, p.m))
+        for precision, guess, room, group in every_way:
+            with engine(room, group): none_lost(sp, p, precision, guess)
+
+@outside
+@variants
+@settings(prop, max_examples=60)
+@given(p=problems(max_n=12, max_m=1100), part=st.floats(0, 1), precision=st.sampled_from(["float32", "bfloat16"]), guess=st.booleans(), group=st.sampled_from([1, 8, 16]))
+def test_nothing_active_is_lost(variant, p, part, precision, guess, group):
+    with engine(1, group): none_lost(make(variant, p, max(1, round(part**3*p.m))), p, precision, guess)
+
+def ranked(order, n=6, m=1025, d=12, seed=0):
+    "Concepts stronger and weaker for every query alike, in an order that deceives."
+    p = plain(n, m, d, seed)
+    p.q, p.K = p.q.abs(), p.K.abs()*torch.linspace(.1, 2, m)[:, None]**3
+    best = p.K.sum(1).argsort(descending=True)
+    p.K = p.K[{"strongest first": best, "strongest last": best.flip(0), "in the second block": torch.cat([best[300:560], best[:300], best[560:]]),
+               "in one group": torch.cat([best[:640].view(20, 32).T.flatten(), best[640:]])}[order]]
+    return p
+
+@outside
+@pytest.mark.parametrize("order", ["strongest first", "strongest last", "in the second block", "in one group"])
+def test_orders_that_deceive_the_guess(order): none_lost_in_any_way(ranked(order))
+
+@outside
+@pytest.mark.parametrize("of", ["one long concept", "one long query", "long concepts", "one large bias", "one small query"])
+def test_outliers(of):
+    for seed, at in enumerate((0, 300, 1024)):
+        p = plain(6, 1025, 12, seed, bias=True)
+        if of == "one long concept": p.K[at] *= 1e4
+        if of == "long concepts": p.K[at // 2::7] *= 1e4
+        if of == "one long query": p.q[3] *= 1e4
+        if of == "one small query": p.q[3] *= 1e-6
+        if of == "one large bias": p.bias[at] = (-1)**seed*1e6
+        none_lost_in_any_way(p, 5)
+
+@outside
+@pytest.mark.parametrize("queries,keys", [(1., 3e36), (1e19, 3e17), (3e36, 1.), (1e-3, 3e37)], ids=str)
+def test_scores_close_to_overflow(queries, keys):
+    p = plain(5, 600, 3, bias=True)
+    p.q, p.K = p.q*queries, p.K*keys
+    assert p.q.isfinite().all() and p.K.isfinite().all() and p.wide().dense().abs().max() < 3e38
+    none_lost_in_any_way(p, 5, [v for v in VARIANTS if v != "jumprelu"])
+
+@outside
+@pytest.mark.parametrize("queries,keys", [(1., 1e-39), (1e-39, 1.), (1e-20, 1e-19), (1e-3, 1e-38), (1e30, 1e-39)], ids=str)
+def test_denormal_numbers(queries, keys):
+    p = plain(5, 600, 16)
+    p.q, p.K = p.q*queries, p.K*keys
+    none_lost_in_any_way(p, 5, ["sparsemax", "entmax15", "topk", "batchtopk", "jumprelu", "jumprelu/eval"])
+
+@outside
+@pytest.mark.parametrize("queries,keys", [(1e-23, 1.), (1., 1e-24), (1e-24, 1e20)], ids=str)
+def test_norms_that_underflow(queries, keys):
+    for seed in range(6):
+        p = plain(20, 600, 40, seed)
+        p.q, p.K = p.q*queries, p.K*keys
+        none_lost_in_any_way(p, 5, ["relu"])
+
+@outside
+@pytest.mark.parametrize("setting", ["high", "medium", "mkldnn"])
+def test_matrix_products_of_lower_precision(setting):
+    p = plain(64, 700, 48)
+    before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        if setting == "mkldnn": torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        else: torch.set_float32_matmul_precision(setting)
+        for variant in ("topk", "sparsemax", "relu"): none_lost(make(variant, p, 20), p)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before[1]
+        torch.set_float32_matmul_precision(before[0])
+
+@outside
+def test_the_list_is_short():
+    "Few more candidates than active entries: otherwise nothing has been screened."
+    p = plain(64, 4000, 32, scale=4.)
+    for variant, k in (("topk", 8), ("batchtopk", 8), ("sparsemax", 1), ("entmax15", 1)):
+        for room in (1, 1 << 23):
+            with engine(room):
+                sp = make(variant, p, k)
+                few, more = (len(none_lost(sp, p, precision)) for precision in ("float32", "bfloat16"))
+                active = int(active_of(sp, p.wide().dense()).sum())
+                assert active <= few <= 1.02*active + 2 and few <= more <= 2.5*active, (variant, active, few, more)
+
+def descends(p, k): return make("topk", p, k)
+
+@outside
+@pytest.mark.parametrize("variant", ["sparsemax", "entmax15", "topk", "batchtopk"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rows_of_wrong_guesses_are_done_again(variant, precision):
+    "A first block that is much stronger than the others makes a guess too high; without repair, entries would be missing."
+    p = ranked("strongest first", n=8)
+    p.K *= .1 if variant in ("sparsemax", "entmax15") else 1.
+    if variant != "batchtopk": p.q[::2] = -p.q[::2]       # for every other row the strongest come last
+    sp = make(variant, p, 20)
+    with engine(1, 1), spy(screening.Shortlist, "uncertain") as uncertain, spy(screening, "candidates") as again:
+        none_lost(sp, p, precision)
+        assert len(uncertain[0]) >= p.n//2 and (variant == "batchtopk" or 0 not in uncertain[0].tolist()) and len(again) == 1
+        with mock.patch.object(screening, "replace_rows", lambda pattern, rows, by: pattern), pytest.raises(AssertionError, match="lost"): none_lost(sp, p, precision)
+        check(sp, p) if precision == "float32" else None
+
+@outside
+@pytest.mark.parametrize("wrong", [1e6, inf, -inf, nan, 1e-5], ids=str)
+@pytest.mark.parametrize("variant", ["sparsemax", "topk"])
+def test_any_guess_is_good_enough(variant, wrong):
+    p = plain(9, 1025, 12)
+    sp = make(variant, p, 20)
+    true = sp.screening()["threshold"]
+    def threshold(a, offsets, share=1.):
+        t = true(a, offsets)
+        return t if share == 1 else torch.where(torch.arange(len(t)) % 2 == 0, t + wrong, t)
+    for group in (1, 8):
+        with engine(1, group): none_lost(sp, p, threshold=threshold)
+
+@outside
+def test_the_limit():
+    p = plain(16, 1000, 12)
+    sp = make("topk", p, 50)
+    for room in (1, 1 << 23):
+        with engine(room):
+            everything = candidates(p.q, p.K, **sp.screening())
+            for limit in (.01, .049, .2, 1.):
+                some = candidates(p.q, p.K, limit=limit, **sp.screening())
+                assert (some is None) == (limit < .05)
+                assert some is None or torch.equal(some.indices, everything.indices) and torch.equal(some.offsets, everything.offsets)
+    assert candidates(p.q, p.K, floor=-1e9, limit=.99) is None and candidates(p.q, p.K, floor=-1e9).density == 1
+    with pytest.raises(ValueError, match="threshold"): candidates(p.q, p.K)
+    with pytest.raises(ValueError, match="threshold"): candidates(p.q, p.K, floor=0., **sp.screening())
+    with pytest.raises(ValueError, match="int8"): candidates(p.q, p.K, floor=0., precision="int8")
+    for q, K in ((p.q[:0], p.K), (p.q, p.K[:0])): assert candidates(q, K, floor=0.).shape == (len(q), len(K))
+
+
+# ---- the result depends on nothing but the numbers ----
+WAYS = [(dict(room=1), "float32"), (dict(room=1, group=1), "bfloat16"), (dict(group=16), "bfloat16"), (dict(guess=False), "float32"), (dict(room=1, guess=False), "bfloat16"),
+        (dict(room=1 << 14, group=7), "auto"), (dict(threads=2), "float32"), (dict(room=1, threads=2), "bfloat16")]
+
+@outside
+@variants
+@pytest.mark.parametrize("p", [plain(40, 1111, 32, bias=True, mask=True), plain(40, 700, 32, scale=10.), plain(150, 300, 8, scale=.01), whole(30, 700, 24), ranked("strongest first")],
+                         ids=["plain", "large", "small", "ties", "ranked"])
+def test_no_way_of_computing_changes_a_bit(variant, p):
+    with engine(): first = make(variant, p, 9).encode(p.scores())
+    for way, precision in WAYS:
+        with engine(**way): enc = make(variant, p, 9, precision=precision).encode(p.scores())
+        assert torch.equal(enc.pattern.offsets, first.pattern.offsets) and torch.equal(enc.pattern.indices, first.pattern.indices), (way, precision)
+        assert torch.equal(enc.codes.values, first.codes.values) and torch.equal(enc.active, first.active), (way, precision)
+
+
+# ---- numbers that are none ----
+@outside
+@pytest.mark.parametrize("path", ["sparse", "auto"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_nan_in_a_key_reaches_the_loss(name, path):
+    for room in (1, 1 << 23):
+        sae = small_sae(name, path=path, aux="none").train()
+        keys = sae.scorer.concepts if hasattr(sae.scorer, "concepts") else sae.scorer.W_enc
+        keys.data[290, 3] = nan
+        if hasattr(sae.scorer, "frequency"): sae.scorer.frequency.zero_()
+        with engine(room), pytest.raises((FloatingPointError, ValueError)):
+            if not sae(rand(80, 24)).loss.isfinite(): raise FloatingPointError
