@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'WIDE', 'SMALL', 'ENGINE', 'BOUNDS', 'QUOTIENTS', 'MAIN', 'SETTINGS', 'measure', 'measure_many',
-           'measure_all', 'memory_table', 'gradients_of_concepts', 'parts', 'breakdown', 'operators', 'op_cases',
-           'op_errors', 'op_table', 'scaling', 'plot_scaling', 'aims', 'targets', 'long_table', 'settings',
+           'measure_all', 'memory_table', 'memory_tables', 'gradients_of_concepts', 'parts', 'breakdown', 'operators',
+           'op_cases', 'op_errors', 'op_table', 'scaling', 'plot_scaling', 'aims', 'targets', 'long_table', 'settings',
            'settings_from_notebook', 'records']
 
 # %% ../../nbs/benchmarks/20_tables.ipynb #145a0e38
@@ -66,7 +66,7 @@ def measure_all(sizes: list, d_in: int, l0: int, repeats: int, main: list[str] =
         tables[f"M = {d_sae:,}, N = {n:,}"] = pd.concat(parts)
     return tables
 
-# %% ../../nbs/benchmarks/20_tables.ipynb #9d0f3efd
+# %% ../../nbs/benchmarks/20_tables.ipynb #ef87a9c9
 def memory_table(cases: list[str], d_in: int, d_sae: int, n: int, l0: int, **options) -> pd.DataFrame:
     "Peak memory of a step above parameters, their gradients and the input: columns group, MB (10⁶ bytes) and the share of the (n, d_sae) score matrix in float32."
     path, rows = "sparsemax_sae.benchmarks.contenders:make_step", {}
@@ -78,6 +78,10 @@ def memory_table(cases: list[str], d_in: int, d_sae: int, n: int, l0: int, **opt
             peak = float("nan")
         rows[name] = dict(group=CONTENDERS[name].group, MB=peak/1e6, score_matrices=peak/(4*n*d_sae))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("case")
+
+def memory_tables(cases: list[str], d_in: int, sizes: list, l0: int, **options) -> pd.DataFrame:
+    "`memory_table` for each of the `sizes` (pairs d_sae, n), with a column size."
+    return pd.concat([memory_table(cases, d_in, m, n, l0, **options).assign(size=f"M = {m:,}, N = {n:,}") for m, n in sizes])
 
 # %% ../../nbs/benchmarks/20_tables.ipynb #05f80bd6
 def gradients_of_concepts(P: Pattern, a: Tensor, q: Tensor, z: Tensor, g: Tensor, shared: bool) -> list[Tensor]:
@@ -195,11 +199,11 @@ def aims(tables: dict[str, pd.DataFrame]) -> list[tuple]:
         rows += [(f"{a} / {b}: times", size, "≥", least, t[a]/t[b]) for a, b, least, sizes in QUOTIENTS if size in sizes and a in t]
     return rows
 
-# %% ../../nbs/benchmarks/20_tables.ipynb #d687d8fa
+# %% ../../nbs/benchmarks/20_tables.ipynb #41990195
 def targets(tables: dict[str, pd.DataFrame], memory: pd.DataFrame, op: pd.DataFrame) -> pd.DataFrame:
     "Aims and measurements: columns size, wanted, seen, met. From the tables of `measure_all`, `memory_table` and `op_table`."
     rows = aims(tables)
-    rows += [(f"{c}: peak memory, in score matrices", "", "≤", .3, memory.loc[c, "score_matrices"]) for c in ENGINE if c in memory.index]
+    rows += [(f"{c}: peak memory, in score matrices", r.get("size", ""), "≤", .3, r.score_matrices) for c, r in memory.iterrows() if c in ENGINE]
     rows += [("sparsemax alone: products", column, "≤", .6, op.loc["ours", column]) for column in op if column.startswith("std")]
     met = lambda sign, bound, seen: bool(seen <= bound if sign == "≤" else seen >= bound)
     return pd.DataFrame([dict(aim=what, size=size, wanted=f"{sign} {bound:.3g}", seen=seen, met=met(sign, bound, seen)) for what, size, sign, bound, seen in rows]).set_index("aim")

@@ -15,13 +15,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from . import triton
 
-# %% ../../nbs/ops/30_codes.ipynb #ca18611f
+# %% ../../nbs/ops/30_codes.ipynb #40247f50
 def row_ids(offsets: Tensor, nnz: int) -> Tensor:
     "The row (nnz,) of every entry of a CSR layout with `offsets` (N+1,)."
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
     return rows.repeat_interleave(offsets.diff(), output_size=nnz)
 
-# %% ../../nbs/ops/30_codes.ipynb #e21d057c
 def counts_to_offsets(counts: Tensor) -> Tensor:
     "Offsets (N+1,) int64 of rows that hold `counts` (N,) entries each."
     return F.pad(counts.long().cumsum(0), (1, 0))
@@ -169,7 +168,7 @@ def _stacked(items: list[tuple]) -> Tensor:
     stack = Pattern(torch.cat([p.indices for p in patterns]), offsets, patterns[0].n_cols)
     return spmm_t(torch.cat(values), torch.cat(qs), stack)
 
-# %% ../../nbs/ops/30_codes.ipynb #bb031a04
+# %% ../../nbs/ops/30_codes.ipynb #80d13209
 class _Pool(torch.autograd.Function):
     "W, whose gradient is the sum of what its `pool` holds when all users of W have run."
     @staticmethod
@@ -183,7 +182,6 @@ class _Pool(torch.autograd.Function):
         if items: g = _stacked(items) if g is None else g + _stacked(items)
         return g, None
 
-# %% ../../nbs/ops/30_codes.ipynb #5699029e
 def _pooled(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict | None]:
     "`W` and its pool, for a product with a partner of `dtype`; without one outside of `pooling`, or where it could not help."
     pools = getattr(_local, "pools", None)
@@ -197,24 +195,22 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
 
-# %% ../../nbs/ops/30_codes.ipynb #1c79b674
+# %% ../../nbs/ops/30_codes.ipynb #18ba1849
 def spmm(values: Tensor, W: Tensor, pattern: Pattern) -> Tensor:
     "Z W: (N, d), from `values` (nnz,) on `pattern` and `W` (n_cols, d)."
     W, pool = _pooled(W, values.dtype)
     return _Spmm.apply(*_common(values, W), pattern, pool)
 
-# %% ../../nbs/ops/30_codes.ipynb #fcd99c3a
 def sdd(q: Tensor, K: Tensor, pattern: Pattern, known: Tensor | None = None) -> Tensor:
     "(q Kᵀ) on `pattern`: (nnz,), from `q` (N, d) and `K` (n_cols, d). `known` (nnz,): these values, if they have been computed before."
     K, pool = _pooled(K, q.dtype)
     return _Sdd.apply(*_common(q, K), pattern, pool, known)
 
-# %% ../../nbs/ops/30_codes.ipynb #a118e9a4
 def spmm_t(values: Tensor, q: Tensor, pattern: Pattern) -> Tensor:
     "Zᵀ q: (n_cols, d), from `values` (nnz,) on `pattern` and `q` (N, d)."
     return _SpmmT.apply(*_common(values, q), pattern)
 
-# %% ../../nbs/ops/30_codes.ipynb #4124e706
+# %% ../../nbs/ops/30_codes.ipynb #07ff1c79
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pattern):
@@ -223,7 +219,6 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return spread(g, ctx.pattern), None
 
-# %% ../../nbs/ops/30_codes.ipynb #91c50d41
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pattern):
@@ -232,12 +227,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return segment_sum(g.contiguous(), ctx.pattern), None
 
-# %% ../../nbs/ops/30_codes.ipynb #6aa1966d
+# %% ../../nbs/ops/30_codes.ipynb #705157d8
 def segment_sum(x: Tensor, pattern: Pattern) -> Tensor:
     "Sum of the entries `x` (nnz,) of each row: (N,); an empty row sums to 0."
     return _SegmentSum.apply(x, pattern)
 
-# %% ../../nbs/ops/30_codes.ipynb #28a126e5
 def spread(x: Tensor, pattern: Pattern) -> Tensor:
     "Every row's number in `x` (N,), repeated for each of the row's entries: (nnz,)."
     return _Spread.apply(x, pattern)
