@@ -213,7 +213,7 @@ def long_table(**tables: pd.DataFrame) -> pd.DataFrame:
     "All `tables` below each other, indexed by their names (`part`) and their own index (`case`)."
     return pd.concat({name: t.rename_axis("case") if t.index.nlevels == 1 else t for name, t in tables.items()}, names=["part"])
 
-# %% ../../nbs/benchmarks/20_tables.ipynb #d06b05a8
+# %% ../../nbs/benchmarks/20_tables.ipynb #f60bf661
 MAIN = ["product_bf16", "sparsemax", "topk", "batchtopk", "sparsemax, fp32 screening", "topk, fp32 screening", "batchtopk, fp32 screening", "sparsemax_release as initialised", "sparsemax, with Adam", "topk, with Adam", "sparsemax, 10 % dead", "topk, 10 % dead",
         "sparsemax, dense path", "released algorithm", "sparsify topk", "SAELens topk", "SAELens topk, sparse", "dictionary_learning topk", "overcomplete topk"]
 
@@ -223,7 +223,7 @@ SETTINGS = dict(
     laptop = dict(main=MAIN, op=[1024, 49152], d_in=768, sizes=[[12288, 2048], [49152, 1024], [49152, 4096]], l0=32, repeats=5, device="cpu", dtype="float32", others=True,
                   memory=["product", "sparsemax", "topk", "batchtopk", "sparsemax, fp32 screening", "sparsemax_release as initialised", "sparsemax, dense path", "released algorithm",
                           "sparsify topk", "SAELens topk", "SAELens topk, sparse", "dictionary_learning topk", "overcomplete topk"],
-                  axes=dict(n=[256, 512, 1024, 2048, 4096], d_sae=[3072, 6144, 12288, 24576, 49152], l0=[8, 16, 32, 64, 128, 256, 512]), base=dict(d_sae=12288, n=1024)),
+                  axes=dict(n=[256, 512, 1024, 2048, 4096], d_sae=[3072, 12288, 49152], l0=[8, 32, 128, 512, 1024]), base=dict(d_sae=12288, n=1024)),
     gpu    = dict(main=MAIN, op=[8192, 49152], d_in=768, sizes=[[12288, 8192], [49152, 8192]], l0=32, repeats=10, device="cuda", dtype="bfloat16", others=True, dense_up_to=500_000_000,
                   memory=["product", "sparsemax", "topk", "batchtopk", "sparsemax, fp32 screening", "sparsemax_release as initialised", "sparsemax, dense path", "released algorithm", "sparsify topk"],
                   axes=dict(n=[1024, 2048, 4096, 8192, 16384], d_sae=[3072, 12288, 49152, 98304], l0=[8, 32, 128, 512]), base=dict(d_sae=49152, n=8192)))

@@ -17,21 +17,24 @@ from torch import Tensor
 from . import triton
 from .codes import Pattern, counts_to_offsets, row_ids
 
-# %% ../../nbs/ops/35_screening.ipynb #458400ee
-def per_row(a: Tensor, offsets: Tensor | None) -> tuple[Tensor, Callable, Callable]:
-    "For scores `a` (nnz,) of rows `offsets`, or (N, K) with None: row maxima (N,), row sums, and a row's number spread over its scores."
-    if offsets is None: return a.amax(1), lambda v: v.sum(1), lambda r: r[:, None]
+# %% ../../nbs/ops/35_screening.ipynb #5f0fdec5
+def per_row(a: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Callable, Callable]:
+    "For scores `a` (nnz,) of rows `offsets`, or (N, K) with None: row maxima and minima (N,), row sums, and a row's number spread over its scores."
+    if offsets is None: return a.amax(1), a.amin(1), lambda v: v.sum(1), lambda r: r[:, None]
     rows, reduce = row_ids(offsets, len(a)), functools.partial(torch.segment_reduce, offsets=offsets)
-    return reduce(a, "max", initial=-math.inf), lambda v: reduce(v, "sum", initial=0), lambda r: r[rows]
+    return reduce(a, "max", initial=-math.inf), reduce(a, "min", initial=math.inf), lambda v: reduce(v, "sum", initial=0), lambda r: r[rows]
 
-# %% ../../nbs/ops/35_screening.ipynb #ec8ef334
+# %% ../../nbs/ops/35_screening.ipynb #d7785b9a
 def newton_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, move: Callable, scale: float = 1.) -> Tensor:
     "Thresholds (N,) of the scores `a` of each row, as in `per_row`, by Newton's method from below; -inf without scores. Guessed, if they are a `share` of all."
-    a = a if offsets is None else a.double()   # sums over lists are taken one by one, and lists can be long
-    top, sums, spread = per_row(a, offsets)
-    x, t, budget = (a - spread(top))*scale, torch.full_like(top, -1.), min(1., share + share**.5)
+    if offsets is not None and share == 1: a = a.double()   # sums over lists are taken one by one, and lists can be long; a guess may be rough
+    top, bottom, sums, spread = per_row(a, offsets)
+    x, budget = (a - spread(top))*scale, min(1., share + share**.5)
+    step = lambda t: move((x - spread(t)).clamp_(min=0), sums, budget).nan_to_num_(nan=0.)
+    t = ((bottom - top)*scale - .01).clamp_(-1, 0).nan_to_num_(nan=-1.)   # below the maximum, so that something is above
+    t = t + step(t)
     while True:
-        higher = t + move((x - spread(t)).clamp_(min=0), sums, budget).clamp_(min=0).nan_to_num_(nan=0.)
+        higher = t + step(t).clamp_(min=0)
         if torch.equal(higher, t): return top + t/scale
         t = higher
 
