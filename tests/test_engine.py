@@ -844,19 +844,18 @@ precisions = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def swept(walks=0, capacity=256):
     "The sweep is used, and hands over to the walk so many times."
     with mock.patch.object(screening.sweep, "__defaults__", (capacity, *screening.sweep.__defaults__[1:])), spy(screening, "sweep") as sweeps, spy(screening, "walk") as walked: yield sweeps
-    assert sweeps and len(walked) == walks
+    assert sweeps and (walks is None or len(walked) == walks)
 
 @inside
-@variants
-@precisions
+@pytest.mark.parametrize("variant,precision", [*((v, "float32") for v in VARIANTS), ("topk", "bfloat16"), ("batchtopk", "bfloat16"), ("sparsemax", "bfloat16"), ("jumprelu", "bfloat16")])
 def test_interpreted_sparse_path_is_the_definition(variant, precision):
-    for p, k in ((whole(18, 70, 9), 5), (plain(5, 133, 18, bias=True, mask=True), 9), (plain(1, 1, 1), 1), (plain(17, 64, 3, scale=.01), 64)):
+    for p, k in ((whole(18, 35, 5), 5), (plain(5, 70, 18, bias=True, mask=True), 9), (plain(1, 1, 1), 1), (plain(17, 16, 3, scale=.01), 16)):
         with swept(): check(make(variant, p, k, precision=precision), p)
 
 @inside
 @pytest.mark.parametrize("name", RECIPES)
 def test_interpreted_sae_is_the_dense_one(name):
-    sae, x = small_sae(name, 8, 90, aux="aux_k", k_aux=3).train(), rand(18, 8) + .3
+    sae, x = small_sae(name, 8, 50, aux="aux_k", k_aux=3).train(), rand(17, 8) + .3
     ref = twin(sae)
     with swept(), spy(kernels, "spmm_pair") as pairs: out = sae(x); out.loss.backward()
     want = ref(x.double()); want.loss.backward()
@@ -870,26 +869,26 @@ def test_interpreted_sae_is_the_dense_one(name):
 @pytest.mark.parametrize("variant", ["topk", "batchtopk", "sparsemax", "jumprelu", "relu"])
 def test_interpreted_lists_that_overflow(variant, precision):
     p = plain(9, 200, 8, scale=.1 if variant == "sparsemax" else 1.)
-    sp = make(variant, p, 20, precision=precision)
-    with swept() as calm: check(sp, p)
-    assert len(calm) == 1
-    with swept(walks=1, capacity=1): check(sp, p)                      # more than an eighth of the row: to the walk
-    few = plain(9, 900, 8, scale=20.)
-    few.q[:, 0], few.K[:, 0] = 10, -100                                 # and only a few are positive
-    few.K[torch.randperm(900, generator=generator(1))[:30], 0] = 1
-    sp = make(variant, few, 12, precision=precision)
-    with swept(capacity=1) as twice: check(sp, few)
-    assert len(twice) >= 1 + (variant != "sparsemax")
+    sp = make(variant, p, 20)
+    with swept() as once: none_lost(sp, p, precision)
+    assert len(once) == 1
+    with swept(walks=None, capacity=1) as once: none_lost(sp, p, precision)
+    assert isinstance(once[0], NotImplementedError)                     # more than an eighth of a row: to the walk
+    p.q[:, 0], p.K[:, 0] = 10, -100                                     # and only a few are positive
+    p.K[torch.randperm(200, generator=generator(1))[:20], 0] = 1
+    with swept(capacity=2) as twice: none_lost(make(variant, p, 12), p, precision)
+    assert len(twice) > 1 or len(twice[0].parts[0][0]) <= 18
 
 @inside
-@pytest.mark.parametrize("variant,k", [("topk", 60), ("sparsemax", 1), ("batchtopk", 60), ("entmax15", 1)])
-def test_interpreted_rows_of_wrong_guesses(variant, k):
-    p = ranked("strongest first", n=3, m=6000, d=4)
-    p.K *= .02 if k == 1 else 1.
-    if variant != "batchtopk": p.q[1] = -p.q[1]
-    sp = make(variant, p, k)
-    with spy(screening.Shortlist, "uncertain") as uncertain, swept() as twice: none_lost(sp, p)
-    assert 1 < len(twice) and uncertain[0].tolist() == ([0, 1, 2] if variant == "batchtopk" else [0, 2])
+@pytest.mark.parametrize("variant", ["topk", "sparsemax", "batchtopk"])
+def test_interpreted_rows_of_wrong_guesses(variant):
+    p = plain(2, 4096, 2, scale=.01)
+    p.q = torch.eye(2)
+    p.K[:480:8, 0], p.K[:, 1] = 1 - .005*torch.arange(60), rand(4096, seed=1)      # for the second query, concepts are in no order
+    if variant == "batchtopk": p.K[:480:8, 1] = 9 - .005*torch.arange(60)
+    sp = make(variant, p, 60)
+    with spy(screening.Shortlist, "uncertain") as uncertain, swept(walks=None) as twice: none_lost(sp, p)
+    assert 1 < len(twice) and uncertain[0].tolist() == ([0, 1] if variant == "batchtopk" else [0])
 
 @inside
 @pytest.mark.parametrize("variant", ["topk", "sparsemax", "relu"])
@@ -918,4 +917,4 @@ def test_the_chain_under_the_interpreter():
     r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_interpreted", "--durations=5", __file__], capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
     assert r.returncode == 0, r.stdout[-6000:] + r.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", r.stdout)[1]) >= 47, r.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", r.stdout)[1]) >= 40, r.stdout[-500:]

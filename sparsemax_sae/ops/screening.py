@@ -24,7 +24,7 @@ def per_row(a: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Callable
     rows, reduce = row_ids(offsets, len(a)), functools.partial(torch.segment_reduce, offsets=offsets)
     return reduce(a, "max", initial=-math.inf), reduce(a, "min", initial=math.inf), lambda v: reduce(v, "sum", initial=0), lambda r: r[rows]
 
-# %% ../../nbs/ops/35_screening.ipynb #d7785b9a
+# %% ../../nbs/ops/35_screening.ipynb #c09237a6
 def newton_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, move: Callable, scale: float = 1.) -> Tensor:
     "Thresholds (N,) of the scores `a` of each row, as in `per_row`, by Newton's method from below; -inf without scores. Guessed, if they are a `share` of all."
     if offsets is not None and share == 1: a = a.double()   # sums over lists are taken one by one, and lists can be long; a guess may be rough
@@ -35,7 +35,7 @@ def newton_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, mo
     t = t + step(t)
     while True:
         higher = t + step(t).clamp_(min=0)
-        if torch.equal(higher, t): return top + t/scale
+        if torch.equal(higher, t): return torch.minimum(top + t/scale, top.nextafter(torch.full_like(top, -math.inf)))   # the largest is always above
         t = higher
 
 # %% ../../nbs/ops/35_screening.ipynb #2de330ae

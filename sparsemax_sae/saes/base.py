@@ -76,7 +76,7 @@ class Encoding:
     pattern: Pattern | None
     scores: Scores
 
-# %% ../../nbs/saes/00_base.ipynb #08a352e9
+# %% ../../nbs/saes/00_base.ipynb #c9127808
 class Sparsifier(Part):
     "Scores → codes."
     path = "auto"        # "sparse" and "dense" force one way: for tests and benchmarks
@@ -95,16 +95,16 @@ class Sparsifier(Part):
         how = self.screening()
         if how is None: return torch.ones_like(a, dtype=torch.bool)
         if "threshold" in how: return a > how["threshold"](a, pattern.offsets)[pattern.rows]
-        return a > torch.as_tensor(how["floor"], dtype=a.dtype, device=a.device).expand(pattern.n_cols)[pattern.indices]
+        return ~(a <= torch.as_tensor(how["floor"], dtype=a.dtype, device=a.device).expand(pattern.n_cols)[pattern.indices])
     def losses(self, enc: Encoding, x: Tensor, dictionary: "Dictionary") -> dict[str, Tensor]:
         "Extra loss terms by name, weighted."
         return {}
 
-# %% ../../nbs/saes/00_base.ipynb #bdca0b49
+# %% ../../nbs/saes/00_base.ipynb #b7931351
 @patch
 @torch.no_grad()
 def search(self: Sparsifier, scores: Scores, limit: float = 1.) -> tuple[Pattern, Tensor] | None:
-    "The active entries of `scores` and their dot products (nnz,); None if more than `limit` of all entries are candidates, or one is NaN."
+    "The active entries of `scores` and their dot products (nnz,); None if more than `limit` of all entries are candidates, or one is not finite."
     s, how = scores.wide(), self.screening()
     with torch.autocast(s.queries.device.type, enabled=False):
         if how is None: pattern = pattern_of(self.dense(s.dense()) != 0)
@@ -112,7 +112,7 @@ def search(self: Sparsifier, scores: Scores, limit: float = 1.) -> tuple[Pattern
         if pattern is None or pattern.density > limit: return None
         dots = s.dots(pattern)
         a = s.at(pattern, dots)
-        if a.isnan().any(): return None
+        if not a.isfinite().all(): return None
         on = self.keep(a, pattern)
     return pattern.keep(on), dots[on]
 

@@ -41,7 +41,7 @@ class _Jump(torch.autograd.Function):
         a, theta = ctx.saved_tensors
         return g * (a > theta), -g * theta * rectangle(a, theta, ctx.eps) / ctx.eps, None
 
-# %% ../../nbs/saes/jumprelu.ipynb #4cdd8aa5
+# %% ../../nbs/saes/jumprelu.ipynb #ad526d75
 @register(SPARSIFIERS, "jumprelu")
 class JumpReLU(Sparsifier):
     "z = s·1[s > θ] with the penalty `l0`·‖z‖₀ (arXiv 2407.14435). θ (d_sae,) starts at `theta`; `eps` is the kernel width."
@@ -53,7 +53,7 @@ class JumpReLU(Sparsifier):
     def _theta(self, a: Tensor, pattern: Pattern | None) -> Tensor:
         return per_entry(self.log_theta.exp(), pattern).expand_as(a)
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor: return _Jump.apply(a, self._theta(a, pattern), self.eps)
-    def screening(self) -> dict: return dict(floor=self.log_theta.exp() - (self.eps/2 if self.training else 0))
+    def screening(self) -> dict: return dict(floor=self.log_theta.exp() - self.eps/2)
     def losses(self, enc: Encoding, x: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
         active = _Step.apply(enc.active, self._theta(enc.active, enc.pattern), self.eps)
         return dict(l0_penalty=self.l0 * active.sum() / max(1, len(enc.codes)))
