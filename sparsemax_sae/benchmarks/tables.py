@@ -6,9 +6,9 @@
 __all__ = ['LARGE', 'WIDE', 'SMALL', 'ENGINE', 'BOUNDS', 'QUOTIENTS', 'MAIN', 'SETTINGS', 'measure', 'measure_many',
            'measure_all', 'memory_table', 'memory_tables', 'gradients_of_concepts', 'parts', 'breakdown', 'operators',
            'op_cases', 'op_errors', 'op_table', 'scaling', 'plot_scaling', 'aims', 'targets', 'long_table', 'settings',
-           'settings_from_notebook', 'records']
+           'settings_from_notebook', 'records', 'published_times']
 
-# %% ../../nbs/benchmarks/20_tables.ipynb #145a0e38
+# %% ../../nbs/benchmarks/20_tables.ipynb #062afbce
 import importlib.util, inspect, math
 from types import SimpleNamespace
 from typing import Callable
@@ -19,6 +19,7 @@ from .contenders import CONTENDERS, Step, make_step, names, not_installed, sorte
 from .timing import interleave, peak_memory, ratios
 from ..ops.codes import Codes, Pattern, counts_to_offsets, sdd, spmm, spmm_t
 from ..ops.sparsemax import sparsemax
+from ..reproduce.paths import root
 from ..saes.base import SAE
 from ..training.checkpoint import make_manifest
 from ..training.config import check_injected, default_preset, make_config
@@ -253,3 +254,12 @@ def records(s: SimpleNamespace) -> dict:
     data, device = dict(x="standard normal", d_in=s.d_in, l0=s.l0, dtype=s.dtype, contenders=names(), missing=not_installed()), torch.device(s.device)
     record = lambda m, n: SimpleNamespace(config=make_config("sparsemax", "laptop", d_sae=m, batch_size=n, steps=s.repeats), manifest=dict(id=f"steps-{m}-{n}", **make_manifest(device, data)))
     return {f"M = {m:,}, N = {n:,}": record(m, n) for m, n in s.sizes}
+
+# %% ../../nbs/benchmarks/20_tables.ipynb #b6eff820
+def published_times(preset: str = "laptop") -> str:
+    "Median times in products of the published run of `preset`, as a Markdown table: contenders by sizes, fastest first."
+    t = pd.read_csv(root()/"data"/"results"/"sparse_engine"/f"{preset}.csv").query("part == 'time' and group in ('ours', 'released', 'other libraries')")
+    wide = t.pivot(index="case", columns="size", values="median").dropna(thresh=2)
+    wide = wide.sort_values(wide.columns[1])[list(dict.fromkeys(t["size"]))]
+    return "\n".join(["| | " + " | ".join(wide.columns) + " |", "|---|" + "---|"*wide.shape[1]] + [
+        f"| {case} | " + " | ".join("–" if pd.isna(v) else f"{v:.2g}" for v in row) + " |" for case, row in zip(wide.index, wide.to_numpy())])
