@@ -65,13 +65,13 @@ def kth_largest_of_rows(a: Tensor, offsets: Tensor | None, share: float = 1., *,
     ordered, enough = a[descending(a, row_ids(offsets, len(a)))], offsets.diff() >= k
     return a.new_full((len(enough),), -math.inf).masked_scatter(enough, ordered[(offsets[:-1] + k - 1)[enough]])
 
-# %% ../../nbs/ops/35_screening.ipynb #9e5f76a6
-def largest_of_rows(a: Tensor, offsets: Tensor, k: int) -> Tensor:
-    "Mask (nnz,) of the `k` largest positive scores of each row, the first of equals first."
+# %% ../../nbs/ops/35_screening.ipynb #1cff654f
+def largest_of_rows(a: Tensor, offsets: Tensor, k: int | Tensor) -> Tensor:
+    "Mask (nnz,) of the `k` largest positive scores of each row, the first of equals first; `k` is a number, or (N,) for each row its own."
     rows = row_ids(offsets, len(a))
     order = descending(a, rows)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(a), device=a.device)) - offsets[rows]
-    return (rank < k) & ~(a <= 0)
+    return (rank < (k[rows] if isinstance(k, Tensor) else k)) & ~(a <= 0)
 
 # %% ../../nbs/ops/35_screening.ipynb #54a488b8
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,20 +54,21 @@ class Scores:
         pick = lambda p: p if p is None or concepts is None else p[concepts]
         return Scores(self.queries if rows is None else self.queries[rows], *map(pick, (self.keys, self.bias, self.mask)))
 
-# %% ../../nbs/saes/00_base.ipynb #7986773e
+# %% ../../nbs/saes/00_base.ipynb #66fce50f
 class Part(nn.Module):
     "A part of an SAE, made for `d_in` and `d_sae`; keyword arguments are its hyperparameters."
     def __init__(self, d_in: int, d_sae: int):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
     def observe(self, codes: Codes): "Update running statistics with the codes of a training batch."
+    def advance(self, progress: float): "Take note that a share `progress` of the training, 0 to 1, is done; what changes during training depends on it."
 
 class Scorer(Part):
     "Activations → scores."
     def forward(self, x: Tensor) -> Scores: raise NotImplementedError
     def tie(self, W_dec: Tensor): "Initialise from the rows of the decoder (d_sae, d_in), where that makes sense."
 
-# %% ../../nbs/saes/00_base.ipynb #6113d22a
+# %% ../../nbs/saes/00_base.ipynb #3e76d5fc
 @dataclass
 class Encoding:
     "What the sparsifier hands on: the codes, the active scores they were made from, and all scores (lazily)."
@@ -75,12 +76,15 @@ class Encoding:
     active: Tensor            # (nnz,) on `pattern`, or (N, M) if pattern is None
     pattern: Pattern | None
     scores: Scores
+    hard: Codes | None = None # what counts as firing, where concepts may be active in part; None: the codes themselves
+    k: Tensor | None = None   # (N,) numbers of concepts, where the sparsifier estimates them
 
-# %% ../../nbs/saes/00_base.ipynb #c9127808
+# %% ../../nbs/saes/00_base.ipynb #97aba8d3
 class Sparsifier(Part):
     "Scores → codes."
     path = "auto"        # "sparse" and "dense" force one way: for tests and benchmarks
     precision = "auto"   # of the screening, see `screening_dtype`; what is found does not depend on it
+    knob = ""            # the hyperparameter, its own or the scorer's, that sets how many concepts are active
 
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor:
         "Activations of the active scores `a` (nnz,) on `pattern`; of all scores (N, M) if `pattern` is None."
@@ -99,6 +103,7 @@ class Sparsifier(Part):
     def losses(self, enc: Encoding, x: Tensor, dictionary: "Dictionary") -> dict[str, Tensor]:
         "Extra loss terms by name, weighted."
         return {}
+    def tie(self, scorer: Scorer): "Initialise from the scorer, where that makes sense."
 
 # %% ../../nbs/saes/00_base.ipynb #b7931351
 @patch
@@ -223,14 +228,17 @@ def denormalized(u: Tensor, shift: Tensor, scale: Tensor, mode: str) -> Tensor:
     "x = u·scale + shift."
     return u if mode == "none" else torch.addcmul(shift, u, scale)
 
-# %% ../../nbs/saes/00_base.ipynb #d91d63cc
+# %% ../../nbs/saes/00_base.ipynb #0a7ed4cc
 @dataclass
 class SAEOutput:
-    "`x_hat` (*leading, d_in), `codes` over (*leading, d_sae), the scalar `loss` and its weighted `parts` by name."
+    """`x_hat` (*leading, d_in), `codes` over (*leading, d_sae), the scalar `loss` and its weighted `parts` by name.
+
+    `hard`: the codes that count as firing. They are `codes`, unless a sparsifier activates concepts in part while it trains."""
     x_hat: Tensor
     codes: Codes
     loss: Tensor
     parts: dict[str, Tensor]
+    hard: Codes
 
 # %% ../../nbs/saes/00_base.ipynb #cb9ac021
 LOSSES = ("mse", "release")
@@ -242,7 +250,7 @@ def reconstruction_loss(u: Tensor, u_hat: Tensor, norm: Tensor, loss: str) -> Te
     total = F.mse_loss(u_hat, u, reduction="sum") if loss == "mse" else 10*((u_hat - u).square().sum(-1, keepdim=True)*norm).sum()
     return total / max(1, u.numel())
 
-# %% ../../nbs/saes/00_base.ipynb #32a207db
+# %% ../../nbs/saes/00_base.ipynb #1366cbbf
 class SAE(nn.Module):
     """A sparse autoencoder: `scorer` → `sparsifier` → `dictionary`, with an optional auxiliary loss `aux` for dead latents.
 
@@ -257,6 +265,7 @@ class SAE(nn.Module):
         self.dictionary, self.aux = make(DICTIONARIES, "dictionary"), make(AUXILIARIES, "aux")
         self.normalize, self.loss_name, self.pre_bias = config["normalize"], config["loss"], config["pre_bias"]
         self.dictionary.share(self.scorer) if hasattr(self.dictionary, "share") else self.scorer.tie(self.dictionary.weight())
+        self.sparsifier.tie(self.scorer)
 
     def __repr__(self) -> str:
         parts = " → ".join(self.config[k]["name"] for k in ("scorer", "sparsifier", "dictionary"))
@@ -324,7 +333,7 @@ def reconstruct(self: SAE, x: Tensor) -> tuple[Tensor, Codes]:
     x_hat = denormalized(self.dictionary(codes), shift, scale, self.normalize)
     return x_hat.reshape(x.shape).to(x.dtype), codes.view(*x.shape[:-1])
 
-# %% ../../nbs/saes/00_base.ipynb #ca2c56ad
+# %% ../../nbs/saes/00_base.ipynb #da739808
 @patch
 def forward(self: SAE, x: Tensor) -> SAEOutput:
     "x_hat, codes, loss and its parts for activations `x` (*leading, d_in). In training mode running statistics are updated. ValueError: wrong width, NaN."
@@ -334,14 +343,26 @@ def forward(self: SAE, x: Tensor) -> SAEOutput:
         u_hat = self.dictionary(enc.codes)
         parts = dict(reconstruction=reconstruction_loss(u, u_hat, scale, self.loss_name),
                      **self.sparsifier.losses(enc, u, self.dictionary), **self.aux.losses(enc, u, u_hat, self.dictionary))
-    if self.training: self.observe(enc.codes.detach())
+    hard = (enc.codes if enc.hard is None else enc.hard).detach()
+    if self.training: self.observe(hard)
     x_hat = denormalized(u_hat, shift, scale, self.normalize).reshape(x.shape).to(x.dtype)
-    return SAEOutput(x_hat, enc.codes.view(*x.shape[:-1]), sum(parts.values()), {k: v.detach() for k, v in parts.items()})
+    return SAEOutput(x_hat, enc.codes.view(*x.shape[:-1]), sum(parts.values()), {k: v.detach() for k, v in parts.items()}, hard.view(*x.shape[:-1]))
 
 @patch
 def observe(self: SAE, codes: Codes):
     "Show the codes of a training batch to every part that keeps running statistics."
-    if len(codes): [part.observe(codes) for part in (self.scorer, self.sparsifier, self.dictionary, self.aux)]
+    if len(codes): [part.observe(codes) for part in self._parts()]
+
+@patch
+def _parts(self: SAE) -> tuple[Part, ...]:
+    "Scorer, sparsifier, dictionary and auxiliary loss."
+    return self.scorer, self.sparsifier, self.dictionary, self.aux
+
+@patch
+def advance(self: SAE, progress: float):
+    "Tell every part, before a training step, that a share `progress` of the training is done. ValueError unless it is from 0 to 1."
+    if not 0 <= progress <= 1: raise ValueError(f"progress={progress!r}: the share of the training that is done is needed, from 0 to 1, such as step/steps.")
+    for part in self._parts(): part.advance(progress)
 
 # %% ../../nbs/saes/00_base.ipynb #13e5e358
 def geometric_median(x: Tensor, steps: int = 100, tol: float = 1e-6) -> Tensor:

@@ -34,10 +34,11 @@ def batch_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, k: 
     n = len(a) if offsets is None else len(offsets) - 1
     return kth_largest_of_rows(a.view(1, -1), None, share, k=n*k).clamp_min(0).expand(n)
 
-# %% ../../nbs/saes/batchtopk.ipynb #f505070b
+# %% ../../nbs/saes/batchtopk.ipynb #eab52bbf
 @register(SPARSIFIERS, "batchtopk")
 class BatchTopK(GlobalThreshold):
     "The N·`k` largest positive scores of a batch of N (arXiv 2412.06410); in evaluation, those above the running threshold."
+    knob = "k"
     def __init__(self, d_in: int, d_sae: int, k: int = 32):
         super().__init__(d_in, d_sae)
         self.k = check_k(k, d_sae)

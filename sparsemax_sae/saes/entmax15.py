@@ -21,10 +21,11 @@ def entmax15_on_support(a: Tensor, pattern: Pattern) -> Tensor:
     spare = 1 - segment_sum((u - spread(mean, pattern)).square(), pattern)
     return (u - spread(mean - (spare.clamp_min(1e-12) / k).sqrt(), pattern)).relu().square().to(a.dtype)
 
-# %% ../../nbs/saes/entmax15.ipynb #8ce11f5a
+# %% ../../nbs/saes/entmax15.ipynb #70cf6532
 @register(SPARSIFIERS, "entmax15")
 class Entmax15(Sparsifier):
     "z = entmax-1.5(s), row by row (arXiv 1905.05702)."
+    knob = "scale"
     def dense(self, s: Tensor) -> Tensor: return entmax15(s)
     def screening(self) -> dict: return dict(threshold=partial(newton_threshold, move=entmax15_move, scale=.5))
     def activate(self, a: Tensor, pattern: Pattern | None) -> Tensor: return entmax15_on_support(a, pattern)

@@ -13,10 +13,11 @@ from ..ops.codes import Codes, Pattern, per_entry
 from .base import SPARSIFIERS, Dictionary, Encoding, Sparsifier, recipe, reconstruction_loss, register
 from .relu import l1
 
-# %% ../../nbs/saes/gated.ipynb #c9a47760
+# %% ../../nbs/saes/gated.ipynb #3f088dc0
 @register(SPARSIFIERS, "gated")
 class Gated(Sparsifier):
     "z = 1[π > 0]·ReLU(e^r s + b_mag), π = s + b_gate; penalty `l1`·‖ReLU(π)‖₁ and the frozen-decoder loss (arXiv 2404.16014)."
+    knob = "l1"
     def __init__(self, d_in: int, d_sae: int, l1: float = 1e-3):
         super().__init__(d_in, d_sae)
         self.l1 = l1

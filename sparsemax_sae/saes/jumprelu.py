@@ -41,10 +41,11 @@ class _Jump(torch.autograd.Function):
         a, theta = ctx.saved_tensors
         return g * (a > theta), -g * theta * rectangle(a, theta, ctx.eps) / ctx.eps, None
 
-# %% ../../nbs/saes/jumprelu.ipynb #ad526d75
+# %% ../../nbs/saes/jumprelu.ipynb #44b6156e
 @register(SPARSIFIERS, "jumprelu")
 class JumpReLU(Sparsifier):
     "z = s·1[s > θ] with the penalty `l0`·‖z‖₀ (arXiv 2407.14435). θ (d_sae,) starts at `theta`; `eps` is the kernel width."
+    knob = "l0"
     def __init__(self, d_in: int, d_sae: int, l0: float = 1e-3, theta: float = 1e-3, eps: float = 1e-3):
         super().__init__(d_in, d_sae)
         if theta <= 0 or eps <= 0: raise ValueError(f"theta={theta!r}, eps={eps!r}: the threshold and the kernel width must be positive.")

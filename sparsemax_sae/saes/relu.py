@@ -17,10 +17,11 @@ def l1(codes: Codes, norms: Tensor | None) -> Tensor:
     w = torch.ones(codes.d_sae, device=codes.device, dtype=codes.dtype) if norms is None else norms
     return (codes @ w[:, None]).sum() / max(1, len(codes))
 
-# %% ../../nbs/saes/relu.ipynb #3eadfcb8
+# %% ../../nbs/saes/relu.ipynb #094e2606
 @register(SPARSIFIERS, "relu")
 class ReLU(Sparsifier):
     "z = max(s, 0), with the penalty `l1` · mean_i Σ_j |z_ij|·‖w_j‖ (arXiv 2309.08600)."
+    knob = "l1"
     def __init__(self, d_in: int, d_sae: int, l1: float = 1e-3):
         super().__init__(d_in, d_sae)
         self.l1 = l1

@@ -26,10 +26,11 @@ def sparsemax_on_support(a: Tensor, pattern: Pattern) -> Tensor:
     while not torch.equal(still := on & (wide.detach() > sparsemax_threshold_on(wide.detach(), on, pattern)), on): on = still
     return ((wide - sparsemax_threshold_on(wide, on, pattern)) * on).to(a.dtype)
 
-# %% ../../nbs/saes/sparsemax.ipynb #f7ae85f1
+# %% ../../nbs/saes/sparsemax.ipynb #e0378adc
 @register(SPARSIFIERS, "sparsemax")
 class Sparsemax(Sparsifier):
     "z = sparsemax(s), row by row (arXiv 2604.14925, Eq. 4). `values=\"scores\"`: z = s on the support, as in the authors' code."
+    knob = "scale"
     def __init__(self, d_in: int, d_sae: int, values: str = "weights"):
         super().__init__(d_in, d_sae)
         if values not in ("weights", "scores"): raise ValueError(f"values={values!r}: accepted are 'weights' and 'scores'.")

@@ -18,10 +18,11 @@ def row_threshold(a: Tensor, offsets: Tensor | None, share: float = 1., *, k: in
     "The `k`-th largest (N,) of the scores `a` of each row (CSR, or a matrix without offsets), at least 0; guessed, if they are a `share` of all."
     return kth_largest_of_rows(a, offsets, share, k=k).clamp_min(0)
 
-# %% ../../nbs/saes/topk.ipynb #8a931467
+# %% ../../nbs/saes/topk.ipynb #1d3b903e
 @register(SPARSIFIERS, "topk")
 class TopK(Sparsifier):
     "The `k` largest scores of each sample, if positive (arXiv 2406.04093)."
+    knob = "k"
     def __init__(self, d_in: int, d_sae: int, k: int = 32):
         super().__init__(d_in, d_sae)
         self.k = check_k(k, d_sae)

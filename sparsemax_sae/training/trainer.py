@@ -57,9 +57,10 @@ def make_optimizer(sae: SAE, config: RunConfig) -> torch.optim.Optimizer:
     "Adam over all parameters, in one fused kernel."
     return torch.optim.Adam(sae.parameters(), lr=config.lr, betas=config.betas, fused=True)
 
-# %% ../../nbs/training/10_trainer.ipynb #76613231
+# %% ../../nbs/training/10_trainer.ipynb #5d3a0736
 def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x: Tensor, step: int, config: RunConfig) -> SAEOutput:
     "One optimizer step on the activations `x` (N, d_in). FloatingPointError if the loss is not finite."
+    sae.advance(step / config.steps)
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast("cuda", torch.bfloat16) if config.amp == "bf16" and x.is_cuda else nullcontext(): out = sae(x)
     if not out.loss.isfinite(): raise FloatingPointError(f"the loss is {out.loss.item()} at step {step} ({ {k: v.item() for k, v in out.parts.items()} }); try a lower lr, more warmup or grad_clip.")
@@ -71,10 +72,10 @@ def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x: Tensor, step: int,
     sae.dictionary.after_step()
     return out
 
-# %% ../../nbs/training/10_trainer.ipynb #7ee49783
+# %% ../../nbs/training/10_trainer.ipynb #a1c79f5f
 def log_line(step: int, out: SAEOutput, sae: SAE, lr: float, samples_per_s: float) -> dict:
     "One line of log.jsonl: the step (1 …), loss and its parts, mean and spread of L0, dead fraction, learning rate, speed."
-    l0 = out.codes.l0().float()
+    l0 = out.hard.l0().float()
     return dict(step=step, loss=out.loss.item(), **{k: v.item() for k, v in out.parts.items()}, l0=l0.mean().item(), l0_std=l0.std(correction=0).item(),
                 dead_fraction=sae.aux.dead_fraction(), lr=lr, samples_per_s=round(samples_per_s, 1))
 
