@@ -43,7 +43,7 @@ def draw_supports(weights: Tensor, n: int, k: int, gen: torch.Generator, entries
     step = max(1, entries // len(weights))
     return torch.cat([draw_features(weights, min(step, n - i), k, gen) for i in range(0, n, step)])
 
-# %% ../../nbs/activations/10_synthetic.ipynb #4fde5b6f
+# %% ../../nbs/activations/10_synthetic.ipynb #00d3b44c
 @register_source
 class SyntheticSource(Source):
     """x = Σ a_j f_j + noise over a random set of `complexity` features per sample, k_min ≤ complexity ≤ k_max.
@@ -51,6 +51,7 @@ class SyntheticSource(Source):
     `features` (n_features, d_in) is the true dictionary; `truth` also returns the true codes.
     ValueError unless 1 ≤ k_min ≤ k_max ≤ n_features and noise ≥ 0."""
     datasets = {"synthetic": "sparse sums of known unit features, a known and varying number of them per sample"}
+    graded_by = "number of active features"
     def __init__(self,
         dataset: str = "synthetic",
         n_features: int = 256,
@@ -102,7 +103,7 @@ def truth(self: SyntheticSource, n: int, seed: int = 0) -> tuple[Tensor, Codes, 
     positive(n=n)
     return self.sample(n, "truth", seed)
 
-# %% ../../nbs/activations/10_synthetic.ipynb #85f3253d
+# %% ../../nbs/activations/10_synthetic.ipynb #c2f93893
 @patch
 def block(self: SyntheticSource, seed: int, at: dict) -> tuple[Tensor, dict]:
     return self.sample(self.block_size, "train", seed, at["block"])[0], dict(epoch=0, block=at["block"] + 1)
@@ -118,3 +119,7 @@ def heldout_truth(self: SyntheticSource) -> Iterator[tuple[Tensor, Codes, Tensor
 @patch
 def heldout_blocks(self: SyntheticSource) -> Iterator[Tensor]:
     return (x for x, *_ in self.heldout_truth())
+
+@patch
+def graded_blocks(self: SyntheticSource) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((x, complexity) for x, _, complexity in self.heldout_truth())

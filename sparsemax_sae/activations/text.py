@@ -112,7 +112,7 @@ def residual(model: nn.Module, block: nn.Module, hook: str, tokens: Tensor) -> T
     except Captured: pass
     return seen[0]
 
-# %% ../../nbs/activations/20_text.ipynb #3f6d3e9e
+# %% ../../nbs/activations/20_text.ipynb #26c1564e
 HOOKS = ("pre", "post")
 
 @register_source
@@ -124,6 +124,7 @@ class TextSource(Source):
     FileNotFoundError or OSError for data or models that are not there."""
     datasets = DOCS | {k: f"{v['path']} on the Hugging Face hub, streamed" for k, v in HUB.items()}
     origin = dict(epoch=0, doc=0, token=0)
+    graded_by = "surprisal of the token in nats, under a causal language model"
     forms = "text: a list of strings, a .txt, .jsonl or .parquet file or a folder of them, or a hub name such as 'org/name'"
     def __init__(self,
         dataset="docs", # see `datasets` and `forms`
@@ -308,3 +309,19 @@ def token_losses(self: TextSource, tokens: Tensor, edit: Callable | None = None)
     "Cross-entropy (B, seq_len - 1) in nats of each next token of tokens (B, seq_len); `edit` as in `logits`."
     logits = self.logits(tokens, edit)[:, :-1].float()
     return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:].long().to(logits.device), reduction="none")
+
+# %% ../../nbs/activations/20_text.ipynb #ad8455e1
+@patch
+def surprisal(self: TextSource, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations (B, T, d_in) of tokens (B, seq_len) at the positions from max(1, skip_first) on, and the surprisal (B, T) in nats of the token at each.
+
+    ValueError for an encoder."""
+    seen, start = [], max(1, self.skip_first)
+    losses = self.token_losses(tokens, edit=lambda x: seen.append(x) or x)
+    return seen[0][:, start - self.skip_first:], losses[:, start - 1:]
+
+@patch
+def graded_blocks(self: TextSource) -> Iterator[tuple[Tensor, Tensor]]:
+    if not self.has_model: return Source.graded_blocks(self)
+    pairs = map(self.surprisal, self.heldout_sequences())
+    return ((x.flatten(0, 1), surprisal.flatten()) for x, surprisal in pairs)
