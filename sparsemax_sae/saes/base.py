@@ -421,7 +421,7 @@ def make_sae(name: str, d_in: int, d_sae: int, **hyperparameters) -> "SAE":
     """
     return SAE(_check_config(dict(d_in=d_in, d_sae=d_sae, **resolve(name, hyperparameters))))
 
-# %% ../../nbs/saes/00_base.ipynb #29dca951
+# %% ../../nbs/saes/00_base.ipynb #a99164a5
 @patch
 def save_pretrained(self: SAE, path: str | Path):
     "Write `config.json` and `model.safetensors` into the folder `path`."
@@ -443,5 +443,5 @@ def from_pretrained(cls: SAE, path: str | Path, device: str = "cpu") -> SAE:
     mine = sae.state_dict()
     wrong = [k for k in mine.keys() | state.keys() if k not in mine or k not in state or mine[k].shape != state[k].shape]
     if wrong: raise ValueError(f"model.safetensors in {path} does not fit its config.json: {', '.join(sorted(wrong))} missing, superfluous or of another shape.")
-    sae.to(next(v.dtype for v in state.values() if v.is_floating_point())).load_state_dict(state)
+    sae.to(state[next(name for name, _ in sae.named_parameters())].dtype).load_state_dict(state)
     return sae.eval().to(device)
