@@ -16,11 +16,12 @@ from .base import DENSE_ABOVE, SPARSIFIERS, Scores, Sparsifier, recipe, register
 from .mutual_choice import MutualChoice
 from .zipf import ZIPF_A, ZIPF_B, RunningDensity, budgets, fit_zipf, zipf
 
-# %% ../../nbs/saes/feature_choice.ipynb #95b5a53b
+# %% ../../nbs/saes/feature_choice.ipynb #94ddccd9
 def largest_of_columns(s: Tensor, m: Tensor) -> Tensor:
     "Mask (N, M) of the `m` (M,) largest positive entries of each column of `s` (N, M), the first of equals first."
-    rank = s.detach().argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-    return (rank < m) & (s > 0)
+    order = s.detach().T.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(len(s), device=s.device) < m[:, None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, first).T & (s > 0)
 
 # %% ../../nbs/saes/feature_choice.ipynb #54959251
 def largest_of_lists(a: Tensor, pattern: Pattern, m: Tensor) -> Tensor:
@@ -161,11 +162,11 @@ def search(self: FeatureChoice, scores: Scores, limit: float = 1.) -> tuple[Patt
         on = self.keep(a, pattern)
     return pattern.keep(on), dots[on]
 
-# %% ../../nbs/saes/feature_choice.ipynb #3c6f903d
+# %% ../../nbs/saes/feature_choice.ipynb #431f9b8f
 @patch
 def find_active(self: FeatureChoice, scores: Scores, probe: int = 16) -> tuple[Pattern, Tensor] | None:
     if self.path != "auto" or not self.choosing: return Sparsifier.find_active(self, scores, probe)
-    return None if self.k > DENSE_ABOVE*self.d_sae else self.search(scores, 4*DENSE_ABOVE)
+    return None if self.k > 2*DENSE_ABOVE*self.d_sae else self.search(scores, 4*DENSE_ABOVE)
 
 # %% ../../nbs/saes/feature_choice.ipynb #d5f2faf3
 recipe("feature_choice", "linear", "feature_choice", "unit", aux="aux_zipf", pre_bias=True, source="Ayonrinde 2024, arXiv 2411.02124")
