@@ -158,7 +158,7 @@ def plot_density(density) -> Figure:
     ax.legend(loc="lower left")
     return fig
 
-# %% ../../nbs/explore/00_plots.ipynb #f28cf3d0
+# %% ../../nbs/explore/00_plots.ipynb #50d7e1b4
 def label_points(ax: Axes, points: Mapping) -> None:
     "Write the name beside each of `points` {name: (x, y)}, moved up or down as little as needed to keep clear of the others, with a leader line where it moved."
     ax.figure.draw_without_rendering()
@@ -170,7 +170,7 @@ def label_points(ax: Axes, points: Mapping) -> None:
         move = next(filter(free, sorted(range(-90, 91, 3), key=abs)), 0)
         taken.append((left, right, y + move))
         ax.annotate(name, points[name], xytext=(8, move), textcoords="offset points", va="center", fontsize="small", color=".2",
-                    arrowprops=dict(arrowstyle="-", lw=.5, color=".6", shrinkA=0, shrinkB=3) if abs(move) > 4 else None)
+                    arrowprops=dict(arrowstyle="-", lw=.5, color=".6", shrinkA=0, shrinkB=3, relpos=(0, .5)) if abs(move) > 4 else None)
 
 # %% ../../nbs/explore/00_plots.ipynb #13080a60
 def plot_tradeoff(table: pd.DataFrame, x: str = "l0", y: str = "nmse") -> Figure:
