@@ -771,7 +771,7 @@ def test_the_instrument():
     assert made.sizes == [2400]
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "soft"])
 def test_no_matrix_of_scores(name, precision):
     N, M, d = 256, 8192, 16
     sparsifier = recipes()[name].sparsifier
@@ -788,6 +788,20 @@ def test_no_matrix_of_scores(name, precision):
     assert max(forward.sizes + backward.sizes) < .3*N*M
     matrices = sum(p.ndim == 2 and p.numel() == M*d for p in sae.parameters())
     assert forward.sizes.count(M*d) == 0 and backward.sizes.count(M*d) == matrices
+
+@pytest.mark.parametrize("progress", [.5, 1.])
+def test_no_matrix_of_soft_weights(progress):
+    "SoftSAE's estimator has a hidden layer of d_sae; its codes, once annealed, need no matrix."
+    class Eight(torch.nn.Module):
+        def forward(self, q): return q.new_full((len(q),), 8.5).requires_grad_()
+    N, M, d = 256, 8192, 16
+    sae = small_sae("soft", d, M, k=8, anneal=0., alpha=1e-3).train()
+    sae.sparsifier.estimate = Eight(); sae.advance(progress)
+    with engine(room=1 << 16), Made() as made:
+        out = sae(rand(N, d))
+        out.loss.backward()
+    assert not out.codes.is_dense and out.hard.l0().max() == 8
+    assert max(made.sizes) < .3*N*M
 
 def test_only_the_dense_path_makes_the_matrix():
     sae, x = small_sae("topk", 16, 4096, path="dense", aux="none"), rand(64, 16)
