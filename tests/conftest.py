@@ -18,3 +18,12 @@ def pytest_collection_modifyitems(items):
 def own_runs(tmp_path, monkeypatch):
     "Nothing a test trains lands in the checkout."
     monkeypatch.setenv("SPARSEMAX_SAE_RUNS", str(tmp_path/"runs"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "One thread for a whole module, which asks for it by `pytestmark = pytest.mark.usefixtures(\"one_thread\")`."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

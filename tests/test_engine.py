@@ -21,11 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RECIPES = list(recipes())
 prop = settings(deadline=None, derandomize=True, max_examples=80)
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 def rand(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)

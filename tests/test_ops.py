@@ -13,11 +13,7 @@ maps = pytest.mark.parametrize("f,reference", [(sparsemax, sparsemax_reference),
 both = pytest.mark.parametrize("f", [sparsemax, entmax15])
 prop = settings(deadline=None, derandomize=True, max_examples=100)
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 @st.composite
 def scores(draw, dtypes=(torch.float32, torch.float64), min_rows=1, offsets=(0., 1e3, -1e6, 1e6)):

@@ -9,11 +9,7 @@ inf, nan = math.inf, math.nan
 prop = settings(deadline=None, derandomize=True, max_examples=100)
 alphas = st.floats(-4, 1).map(lambda e: 10**e)
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 @st.composite
 def problems(draw, dtypes=(torch.float32, torch.float64), widths=st.integers(1, 200), scales=st.floats(-3, 4)):
