@@ -89,3 +89,23 @@ def test_the_published_dimensions(gpt2_small, tmp_path):
     sae, _ = check_run(tmp_path/"run")
     assert (sae.d_in, sae.d_sae) == (768, 24576) and tuple(sae.scorer.concepts.shape) == (24576, 768)
     assert peak < 4, peak
+
+
+def test_papermill_on_pictures(tmp_path):
+    "The embedded CLIP's patches, with the zero-shot and monosemanticity numbers in the table."
+    status, text, peak = papermill(TRAIN, tmp_path/"out.ipynb", "-p", "preset", "smoke", "-p", "arch", "topk", "-p", "k", 8, "-p", "dataset", "scenes", "-p", "out", tmp_path/"run")
+    assert status == 0 and "Unable to parse" not in text, text[-3000:]
+    sae, metrics = check_run(tmp_path/"run")
+    assert sae.d_in == 128 and peak < 3 and {"zs_no_sae", "zs_on_1", "zs_on_all", "mean_ms", "rho"} <= metrics["topk"].keys()
+    assert metrics["topk"]["zs_no_sae"] > .6 and "ce_degradation" not in metrics["topk"]
+
+
+@pytest.mark.slow
+def test_the_published_vision_dimensions(tmp_path):
+    "d_in=768, d_sae=49152, the second-last of 12 blocks of a ViT-B/16 with random weights, CLS and 196 patches, a few steps."
+    status, text, peak = papermill(TRAIN, tmp_path/"out.ipynb", "-p", "preset", "smoke", "-p", "dataset", "scenes", "-p", "model", "ViT-B-16", "-p", "d_sae", 49152,
+                                   "-p", "steps", 3, "-p", "batch_size", 512, "-p", "data_options", "block_size=4 model_batch=4", "-p", "out", tmp_path/"run", timeout=900)
+    assert status == 0, text[-3000:]
+    sae, metrics = check_run(tmp_path/"run")
+    assert (sae.d_in, sae.d_sae) == (768, 49152) and tuple(sae.scorer.concepts.shape) == (49152, 768)
+    assert peak < 6, peak

@@ -11,7 +11,8 @@ from torch import nn
 import sparsemax_sae.metrics as metrics_package
 from sparsemax_sae import make_sae
 from sparsemax_sae.activations.source import make_source
-from sparsemax_sae.explore.plots import l0_bins, plot_density, plot_l0_histogram, plot_training, read_log
+from sparsemax_sae.basics.log import read_log
+from sparsemax_sae.explore.plots import as_log, l0_bins, plot_density, plot_l0_histogram, plot_training
 from sparsemax_sae.metrics.cross_entropy import CrossEntropy, cross_entropies, splice
 from sparsemax_sae.metrics.evaluate import (MeanPredictor, ZeroPredictor, available_metrics, evaluate, evaluate_all, metrics_table, no_codes, select_metrics, watch,
                                             with_arrows)
@@ -518,7 +519,8 @@ def test_watch_hands_over_the_metric():
 def test_logs(tmp_path):
     file = tmp_path/"log.jsonl"
     file.write_text('{"step": 0, "loss": 1}\n\n{"step": 10, "l0": 3}\n{"step": 20, "lo')
-    assert read_log(file).equals(read_log(tmp_path)) and read_log(str(file))["step"].tolist() == [0, 10]
+    assert read_log(file) == read_log(tmp_path) == read_log(str(file)) == [dict(step=0, loss=1), dict(step=10, l0=3)]
+    assert as_log(file).equals(as_log(tmp_path)) and as_log(str(file))["step"].tolist() == [0, 10]
     file.write_text('{"step": 0}\nnonsense\n{"step": 1}')
     with pytest.raises(ValueError, match="line 2"): read_log(file)
     with pytest.raises(FileNotFoundError): read_log(tmp_path/"missing.jsonl")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from sparsemax_sae import recipes
 from sparsemax_sae.activations.source import TensorSource
+from sparsemax_sae.basics.log import read_log
 from sparsemax_sae.training import checkpoint
-from sparsemax_sae.training.checkpoint import checkpoints, load_checkpoint, read_log
+from sparsemax_sae.training.checkpoint import checkpoints, load_checkpoint
 from sparsemax_sae.training.config import make_config
 from sparsemax_sae.training.trainer import Run, learning_rate, train
 

@@ -4,8 +4,8 @@ The interpreter is chosen when triton is first imported, so `test_under_the_inte
 import ctypes, json, math, mmap, os, re, subprocess, sys
 import pytest, torch
 from sparsemax_sae.ops import triton as library
-from sparsemax_sae.ops.triton import (above, above_reference, available, group_maxima, group_maxima_reference, sdd, sdd_reference, select_above,
-    select_above_reference, spmm, spmm_pair, spmm_pair_reference, spmm_reference)
+from sparsemax_sae.ops.triton import (above, above_reference, available, group_maxima, group_maxima_reference, sdd, sdd_reference, spmm, spmm_pair,
+    spmm_pair_reference, spmm_reference)
 
 inf, nan = math.inf, math.nan
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,6 +77,11 @@ def rows_of(counts, columns, values, capacity):
         assert len(out[-1]) == min(n, capacity), "a column twice"
     return out
 
+def entries(q, K, bias, bound, capacity=None):
+    "What `above` finds, as `rows_of`, with room for all columns unless `capacity` says otherwise."
+    capacity = len(K) if capacity is None else capacity
+    return rows_of(*above(q, K, bias, bound, capacity), capacity)
+
 
 # ---- group maxima ----
 @floats
@@ -100,22 +105,23 @@ def test_group_maxima_of_special_values(device, guard):
     heads = group_maxima(q, K, bias)
     assert heads[:, 0].isnan().all() and (heads[:, 1] == -inf).all() and (heads[:, 2] == inf).all() and heads[:, 3].isfinite().all()
 
-@pytest.mark.parametrize("f", [lambda q, K, b: group_maxima(q, K, b), lambda q, K, b: torch.cat(select_above(q, K, b, torch.full((len(q),), 2.5, device=q.device), 8))], ids=["group_maxima", "select_above"])
+@pytest.mark.parametrize("f", [lambda q, K, b: group_maxima(q, K, b), lambda q, K, b: entries(q, K, b, torch.full((len(q),), 2.5, device=q.device))], ids=["group_maxima", "above"])
 def test_strides(f, device):
     q, K, bias = (rand(*s, seed=i, device=device, whole=True) for i, s in enumerate(((20, 37), (83, 37), (83,))))
     expected = f(q, K, bias)
     inside = torch.full((40, 50), nan, device=device); inside[::2, 3:40] = q
     every_other = torch.full((166,), nan, device=device); every_other[::2] = bias
-    assert torch.equal(f(inside[::2, 3:40], K.T.contiguous().T, every_other[::2]), expected)
-    assert torch.equal(f(q.T.contiguous().T, K.flip(0).contiguous().flip(0), bias), expected)
+    same = lambda out: torch.equal(out, expected) if isinstance(out, torch.Tensor) else out == expected
+    assert same(f(inside[::2, 3:40], K.T.contiguous().T, every_other[::2]))
+    assert same(f(q.T.contiguous().T, K.flip(0).contiguous().flip(0), bias))
 
 @pytest.mark.parametrize("N,M,d", [(0, 5, 4), (3, 0, 4), (3, 5, 0), (0, 0, 0)])
 def test_empty_scores(N, M, d, device):
     q, K, bound = rand(N, d, device=device), rand(M, d, device=device), torch.full((N,), -1., device=device)
     assert torch.equal(group_maxima(q, K), torch.zeros(N, -(-M//16), device=device))
     for cap in (0, 4):
-        assert above(q, K, None, bound, cap)[0].tolist() == [M]*N
-        assert all(map(torch.equal, select_above(q, K, None, bound, cap), select_above_reference(q, K, None, bound)))
+        counts, columns, values = above(q, K, None, bound, cap)
+        assert counts.tolist() == [M]*N and rows_of(counts, columns, values, cap) == rows_of(*above_reference(q, K, None, bound, cap), cap)
 
 
 # ---- entries above a bound ----
@@ -132,14 +138,11 @@ def test_above_with_ties(shape, dtype, device, guard):
         assert torch.equal(counts, expected[0]) and (counts >= min(M, 5)).all()
         assert rows_of(counts, columns, values, M) == rows_of(*expected, M)
 
-@pytest.mark.parametrize("capacity", [1, 7, 64, 129, 1000])
-def test_select_above(capacity, device, guard):
+@pytest.mark.parametrize("capacity", [129, 1000])
+def test_above_for_any_bound(capacity, device, guard):
     q, K, bias = (rand(*s, seed=i, device=device, whole=True) for i, s in enumerate(((19, 33), (129, 33), (129,))))
     for bound in (torch.full((19,), -inf), torch.full((19,), inf), torch.full((19,), 30.), torch.linspace(-200, 200, 19)):
-        indices, offsets = select_above(q, K, bias, bound.to(device), capacity)
-        expected = select_above_reference(q, K, bias, bound.to(device))
-        assert indices.dtype == offsets.dtype == torch.int64
-        assert torch.equal(indices, expected[0]) and torch.equal(offsets, expected[1])
+        assert entries(q, K, bias, bound.to(device), capacity) == rows_of(*above_reference(q, K, bias, bound.to(device), 129), 129)
 
 def test_overflow_is_counted_and_not_written(device, guard):
     q, K = rand(19, 9, device=device, whole=True), rand(150, 9, seed=1, device=device, whole=True)
@@ -153,8 +156,7 @@ def test_overflow_is_counted_and_not_written(device, guard):
 def test_one_row_takes_all(device, guard):
     q, K = rand(20, 5, device=device), rand(150, 5, seed=1, device=device)
     bound = torch.full((20,), inf, device=device); bound[7] = -inf
-    indices, offsets = select_above(q, K, None, bound, 4)
-    assert indices.tolist() == list(range(150)) and offsets.tolist() == [0]*8 + [150]*13
+    assert [sorted(r) for r in entries(q, K, None, bound)] == [[]]*7 + [list(range(150))] + [[]]*12
 
 def test_what_is_never_taken(device, guard):
     "Scores of -inf and NaN; neighbours of theirs are."
@@ -168,7 +170,7 @@ def test_more_than_one_band_of_tiles(device, guard):
     N, M = (560, 140) if INTERPRETED else (4500, 700)
     q, K = rand(N, 5, device=device, whole=True), rand(M, 5, seed=1, device=device, whole=True)
     bound = (q @ K.T).topk(7).values[:, -1]
-    assert all(map(torch.equal, select_above(q, K, None, bound, 32), select_above_reference(q, K, None, bound)))
+    assert entries(q, K, None, bound) == rows_of(*above_reference(q, K, None, bound, M), M)
 
 
 # ---- sparse products ----
@@ -243,11 +245,12 @@ def test_large_scores(dtype):
     s = q.double() @ K.double().T + bias
     close(group_maxima(q, K, bias), group_maxima_reference(*wide(q, K, bias)), scale=1000)
     bound, margin = s.topk(100).values[:, -1].float(), 1e-3
-    indices, offsets = select_above(q, K, bias, bound, 64)
+    counts, columns, _ = above(q, K, bias, bound, 256)
+    assert counts.max() <= 256
+    rows, place = (torch.arange(256, device="cuda") < counts[:, None]).nonzero().T
     taken = torch.zeros_like(s, dtype=torch.bool)
-    taken[torch.arange(1000, device="cuda").repeat_interleave(offsets.diff()), indices] = True
-    assert taken[s >= bound[:, None] + margin].all() and not taken[s < bound[:, None] - margin].any()
-    assert all(map(torch.equal, select_above(q, K, bias, bound, 256), (indices, offsets)))
+    taken[rows, columns[rows, place].long()] = True
+    assert taken.sum() == counts.sum() and taken[s >= bound[:, None] + margin].all() and not taken[s < bound[:, None] - margin].any()
 
 @pytest.mark.cuda
 @floats
@@ -270,7 +273,7 @@ def test_addresses_beyond_32_bits():
     last = torch.tensor([M - 1, M - 2], device="cuda")
     assert (spmm(torch.ones(2, device="cuda"), last, torch.tensor([0, 2], device="cuda"), W) == 3).all()
     assert sdd(q, W, torch.zeros(2, dtype=torch.int64, device="cuda"), last).tolist() == [d, 2*d]
-    assert group_maxima(q, W)[0, -1] == 2*d and select_above(q, W, None, torch.ones(1, device="cuda"), 8)[0].tolist() == [M - 2, M - 1]
+    assert group_maxima(q, W)[0, -1] == 2*d and sorted(entries(q, W, None, torch.ones(1, device="cuda"), 8)[0]) == [M - 2, M - 1]
 
 
 # ---- what can be said on any machine ----
@@ -279,7 +282,8 @@ def test_references_agree_with_each_other():
     s = q @ K.T + bias
     assert torch.equal(group_maxima_reference(q, K, bias, 7), torch.stack([x.amax(1) for x in s.split(7, 1)], 1))
     bound = s.topk(5).values[:, -1]
-    indices, offsets = select_above_reference(q, K, bias, bound)
+    hit = s >= bound[:, None]
+    indices, offsets = hit.nonzero()[:, 1], torch.nn.functional.pad(hit.sum(1).cumsum(0), (1, 0))
     counts, columns, values = above_reference(q, K, bias, bound, 50)
     rows = library._rows(offsets)
     assert torch.equal(counts, offsets.diff().int()) and torch.equal(torch.cat([c[:n] for c, n in zip(columns, counts)]).long(), indices)
@@ -307,7 +311,7 @@ def test_the_module_does_not_hide_the_package():
 
 CALLS = """
 q, K, v, i, o = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2), torch.tensor([0, 1]), torch.tensor([0, 1, 2])
-calls = [lambda: t.group_maxima(q, K), lambda: t.above(q, K, None, v, 3), lambda: t.select_above(q, K, None, v, 3), lambda: t.spmm(v, i, o, K),
+calls = [lambda: t.group_maxima(q, K), lambda: t.above(q, K, None, v, 3), lambda: t.spmm(v, i, o, K),
          lambda: t.spmm_pair(v, K, v, K, i, o), lambda: t.sdd(q, K, i, i)]
 for call in calls:
     try: call()

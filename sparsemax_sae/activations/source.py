@@ -7,19 +7,18 @@ __all__ = ['sources', 'COMMON', 'digest', 'generator', 'shuffled', 'epoch_block'
            'register_source', 'discover', 'find_source', 'check_options', 'make_source', 'load_array', 'default_device',
            'as_activations', 'TensorSource']
 
-# %% ../../nbs/activations/00_source.ipynb #5d1e47b4
+# %% ../../nbs/activations/00_source.ipynb #f9f4207e
 import hashlib, inspect, json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from importlib import import_module
 from itertools import tee
 from operator import itemgetter
 from pathlib import Path
-from pkgutil import iter_modules
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from ..basics.discovery import import_siblings
 from ..basics.errors import did_you_mean, positive
 
 # %% ../../nbs/activations/00_source.ipynb #d5abeba3
@@ -74,7 +73,7 @@ def cut(
         offset = 0
     if parts: yield torch.cat(parts), None, 0
 
-# %% ../../nbs/activations/00_source.ipynb #6990d89a
+# %% ../../nbs/activations/00_source.ipynb #25ef1529
 class Source:
     """Activations of width `d_in` from a model, data and a hook point.
 
@@ -86,6 +85,7 @@ class Source:
     origin = {"epoch": 0, "block": 0}  # position of the first block
     datasets: dict[str, str] = {}      # names that `make_source` accepts → what they are
     forms = ""                         # what else it accepts, in words
+    presets: dict[str, dict] = {}      # what this kind of source changes in the presets of `training.config`
     graded_by = ""                     # what `graded` calls the complexity of an activation, in words; empty: it knows none
 
     @classmethod
@@ -193,11 +193,10 @@ def register_source(cls: type) -> type:
     sources[cls.__name__] = cls
     return cls
 
-# %% ../../nbs/activations/00_source.ipynb #58e1e9bb
+# %% ../../nbs/activations/00_source.ipynb #8acdf7fd
 def discover() -> None:
     "Import every module of `sparsemax_sae.activations`, so that its sources are registered."
-    package = import_module("sparsemax_sae.activations")
-    for m in iter_modules(package.__path__): import_module(f"{package.__name__}.{m.name}")
+    import_siblings("sparsemax_sae.activations")
 
 # %% ../../nbs/activations/00_source.ipynb #55e99924
 def find_source(dataset, model=None) -> type:

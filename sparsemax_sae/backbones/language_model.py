@@ -248,14 +248,14 @@ def save_backbone(
     (path/"training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
-# %% ../../nbs/backbones/00_language_model.ipynb #98623263
-def plot_loss(record: dict) -> Figure:
-    "Training loss against steps, with the held-out cross-entropies of `record` (as in training.json) as dashed lines."
+# %% ../../nbs/backbones/00_language_model.ipynb #f0605280
+def plot_loss(record: dict, ylabel: str = "nats per token") -> Figure:
+    "Training loss against steps, with the held-out cross-entropies of `record` (as in training.json), if it has any, as dashed lines."
     fig, (ax,) = axes_row()
     steps, blocks = record["recipe"]["training"]["steps"], record["loss"]
     ax.plot([steps * (i + .5) / len(blocks) for i in range(len(blocks))], blocks, label="training loss")
-    for i, (name, nats) in enumerate(record["cross_entropy"]["heldout"].items(), 1):
+    for i, (name, nats) in enumerate(record.get("cross_entropy", {}).get("heldout", {}).items(), 1):
         ax.axhline(nats, color=f"C{i}", ls="--", lw=1)
         ax.text(steps, nats + .06, f"{name}, held-out", fontsize="small", color=f"C{i}", ha="right")
-    ax.set(xlabel="step", ylabel="nats per token", ylim=(min(blocks) - .3, None)); ax.legend(loc="center right")
+    ax.set(xlabel="step", ylabel=ylabel, ylim=(min(blocks) - .3, None)); ax.legend(loc="center right")
     return fig

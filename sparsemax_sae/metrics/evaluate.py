@@ -6,24 +6,22 @@
 __all__ = ['available_metrics', 'select_metrics', 'no_codes', 'ZeroPredictor', 'MeanPredictor', 'watch', 'Evaluation', 'measure',
            'check_measured', 'progress_bar', 'evaluate_all', 'evaluate', 'metrics_table', 'with_arrows']
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #834a8854
+# %% ../../nbs/metrics/60_evaluate.ipynb #d54e2ffe
 import math
 from collections.abc import Iterable, Mapping
-from importlib import import_module
-from pkgutil import iter_modules
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from ..basics.discovery import import_siblings
 from ..basics.errors import did_you_mean, positive
 from .reconstruction import DIRECTIONS, METRICS, Metric, NotApplicable, evaluating, register_metric
 from ..ops.codes import Codes, Pattern
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #246cac74
+# %% ../../nbs/metrics/60_evaluate.ipynb #0628855d
 def available_metrics() -> dict[str, type[Metric]]:
     "All metric classes by name, in the order of a table: imports every module of `sparsemax_sae.metrics`."
-    package = import_module("sparsemax_sae.metrics")
-    for m in iter_modules(package.__path__): import_module(f"{package.__name__}.{m.name}")
+    import_siblings("sparsemax_sae.metrics")
     return dict(sorted(METRICS.items(), key=lambda kv: (kv[1].order, kv[0])))
 
 # %% ../../nbs/metrics/60_evaluate.ipynb #5cf39c1f

@@ -8,8 +8,8 @@ __all__ = ['DENSE_ABOVE', 'SCORERS', 'SPARSIFIERS', 'DICTIONARIES', 'AUXILIARIES
            'recipes', 'normalizer', 'denormalized', 'SAEOutput', 'reconstruction_loss', 'SAE', 'check_input',
            'geometric_median', 'resolve', 'make_sae']
 
-# %% ../../nbs/saes/00_base.ipynb #8ee25ff2
-import importlib, inspect, json, pkgutil
+# %% ../../nbs/saes/00_base.ipynb #1a7bbd80
+import inspect, json
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from fastcore.basics import patch
+from ..basics.discovery import import_siblings
 from ..basics.errors import check_names, did_you_mean, positive
 from ..ops.codes import Codes, Pattern, pattern_of, per_entry, pooling, sdd
 from ..ops.screening import candidates
@@ -105,19 +106,25 @@ class Sparsifier(Part):
         return {}
     def tie(self, scorer: Scorer): "Initialise from the scorer, where that makes sense."
 
-# %% ../../nbs/saes/00_base.ipynb #b7931351
+# %% ../../nbs/saes/00_base.ipynb #41faff7f
+@patch
+def listed(self: Sparsifier, s: Scores, how: dict | None, limit: float) -> tuple[Pattern, Tensor, Tensor] | None:
+    "The candidates that `how` (see `screening`) leaves of `s`, their dot products and their scores (nnz,). None if more than `limit` of all are left, or one is not finite."
+    if how is None: pattern = pattern_of(self.dense(s.dense()) != 0)
+    else: pattern = candidates(s.queries, s.keys, s.bias, s.mask, precision=self.precision, limit=limit, **how)
+    if pattern is None or pattern.density > limit: return None
+    dots = s.dots(pattern)
+    a = s.at(pattern, dots)
+    return (pattern, dots, a) if a.isfinite().all() else None
+
 @patch
 @torch.no_grad()
 def search(self: Sparsifier, scores: Scores, limit: float = 1.) -> tuple[Pattern, Tensor] | None:
     "The active entries of `scores` and their dot products (nnz,); None if more than `limit` of all entries are candidates, or one is not finite."
-    s, how = scores.wide(), self.screening()
+    s = scores.wide()
     with torch.autocast(s.queries.device.type, enabled=False):
-        if how is None: pattern = pattern_of(self.dense(s.dense()) != 0)
-        else: pattern = candidates(s.queries, s.keys, s.bias, s.mask, precision=self.precision, limit=limit, **how)
-        if pattern is None or pattern.density > limit: return None
-        dots = s.dots(pattern)
-        a = s.at(pattern, dots)
-        if not a.isfinite().all(): return None
+        if (found := self.listed(s, self.screening(), limit)) is None: return None
+        pattern, dots, a = found
         on = self.keep(a, pattern)
     return pattern.keep(on), dots[on]
 
@@ -178,16 +185,10 @@ def register(registry: dict, name: str):
         return cls
     return _register
 
-# %% ../../nbs/saes/00_base.ipynb #7712ebd0
-def _discover():
-    "Import every module beside this one, so that all parts and recipes are registered."
-    package = importlib.import_module("sparsemax_sae.saes")
-    for m in pkgutil.iter_modules(package.__path__): importlib.import_module(f"{package.__name__}.{m.name}")
-
-# %% ../../nbs/saes/00_base.ipynb #86c14c00
+# %% ../../nbs/saes/00_base.ipynb #eadd5e23
 def look_up(registry: dict, name: str, what: str):
     "`registry[name]`; ValueError with a suggestion if there is no such name."
-    if name not in registry: _discover()
+    if name not in registry: import_siblings("sparsemax_sae.saes")
     if name in registry: return registry[name]
     raise ValueError(f"unknown {what} {name!r}.{did_you_mean(name, registry)} Known: {', '.join(sorted(registry))}.")
 
@@ -207,10 +208,10 @@ def recipe(name: str, scorer: str, sparsifier: str, dictionary: str, aux: str = 
     "Register a recipe."
     RECIPES[name] = Recipe(scorer, sparsifier, dictionary, aux, hyper, training or {}, source)
 
-# %% ../../nbs/saes/00_base.ipynb #2b42eec7
+# %% ../../nbs/saes/00_base.ipynb #6e7d88c5
 def recipes() -> dict[str, Recipe]:
     "All recipes by name."
-    _discover()
+    import_siblings("sparsemax_sae.saes")
     return dict(sorted(RECIPES.items()))
 
 # %% ../../nbs/saes/00_base.ipynb #7c9abe46

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LOOSE', 'largest_of_columns', 'largest_of_lists', 'FeatureChoice', 'replace_columns']
 
-# %% ../../nbs/saes/feature_choice.ipynb #de05679a
+# %% ../../nbs/saes/feature_choice.ipynb #efa2fa03
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..basics.errors import did_you_mean, positive
 from ..ops.codes import Codes, Pattern, counts_to_offsets
-from ..ops.screening import candidates, largest_of_rows
+from ..ops.screening import largest_of_rows
 from .base import DENSE_ABOVE, SPARSIFIERS, Scores, Sparsifier, recipe, register
 from .mutual_choice import MutualChoice
 from .zipf import ZIPF_A, ZIPF_B, RunningDensity, budgets, fit_zipf, zipf
@@ -119,17 +119,14 @@ def observe_thresholds(self: FeatureChoice, codes: Codes):
     self.thresholds += torch.where(seen, step, 0)
     self.met |= seen
 
-# %% ../../nbs/saes/feature_choice.ipynb #f36e6341
+# %% ../../nbs/saes/feature_choice.ipynb #d2d4b45e
 LOOSE = .6   # floors of the first search, as a share of the running thresholds
 
 @patch
-def listed(self: FeatureChoice, s: Scores, floor: Tensor, limit: float) -> tuple[Pattern, Tensor, Tensor] | None:
+def above(self: FeatureChoice, s: Scores, floor: Tensor, limit: float) -> tuple[Pattern, Tensor, Tensor] | None:
     "The entries of `s` above `floor` (M,): pattern, dot products and scores (nnz,). None if more than `limit` of all can be, or one is not finite."
-    pattern = candidates(s.queries, s.keys, s.bias, s.mask, floor=floor, precision=self.precision, limit=limit)
-    if pattern is None: return None
-    dots = s.dots(pattern)
-    a = s.at(pattern, dots)
-    if not a.isfinite().all(): return None
+    if (found := self.listed(s, dict(floor=floor), limit)) is None: return None
+    pattern, dots, a = found
     on = a > floor.to(a)[pattern.indices]
     return pattern.keep(on), dots[on], a[on]
 
@@ -142,7 +139,7 @@ def replace_columns(p: Pattern, columns: Tensor, by: Pattern, values: list[Tenso
     merged = Pattern(indices[order], counts_to_offsets(rows.bincount(minlength=p.shape[0])), p.n_cols)
     return merged, [torch.cat([v[keep], w])[order] for v, w in zip(values, new)]
 
-# %% ../../nbs/saes/feature_choice.ipynb #15f75aae
+# %% ../../nbs/saes/feature_choice.ipynb #45a7c6cf
 @patch
 @torch.no_grad()
 def search(self: FeatureChoice, scores: Scores, limit: float = 1.) -> tuple[Pattern, Tensor] | None:
@@ -150,12 +147,12 @@ def search(self: FeatureChoice, scores: Scores, limit: float = 1.) -> tuple[Patt
     s, m = scores.wide(), self.takes(len(scores.queries))
     with torch.autocast(s.queries.device.type, enabled=False):
         floor = self.screening()["floor"].to(s.queries)
-        if (found := self.listed(s, floor, limit)) is None: return None
+        if (found := self.above(s, floor, limit)) is None: return None
         pattern, *values = found
         short = ((pattern.indices.bincount(minlength=self.d_sae) < m) & (floor > 0)).nonzero()[:, 0]
         if len(short):
             room = (limit - pattern.density)*self.d_sae/len(short)
-            if (found := self.listed(s.some(concepts=short), floor.new_zeros(len(short)), room)) is None: return None
+            if (found := self.above(s.some(concepts=short), floor.new_zeros(len(short)), room)) is None: return None
             by, *new = found
             pattern, values = replace_columns(pattern, short, by, values, new)
         dots, a = values

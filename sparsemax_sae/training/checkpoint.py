@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['write_text', 'plain', 'write_json', 'read_json', 'atomic_folder', 'training_state', 'restore_state',
-           'save_checkpoint', 'checkpoints', 'read_checkpoint', 'load_checkpoint', 'read_log', 'truncate_log',
-           'git_commit', 'make_manifest']
+           'save_checkpoint', 'checkpoints', 'read_checkpoint', 'load_checkpoint', 'truncate_log', 'git_commit',
+           'make_manifest']
 
-# %% ../../nbs/training/20_checkpoint.ipynb #6afe506f
+# %% ../../nbs/training/20_checkpoint.ipynb #7f44a02e
 import hashlib, json, math, os, platform, shutil, subprocess, time, warnings
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from ..basics.log import read_log
 from ..reproduce.paths import root
 
 # %% ../../nbs/training/20_checkpoint.ipynb #9015a14f
@@ -122,19 +123,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
             warnings.warn(f"{e}; " + (f"falling back to {left[-1].name}" if left else "no whole checkpoint is left, starting from the beginning"))
     return None
 
-# %% ../../nbs/training/20_checkpoint.ipynb #22f2b7a0
-def read_log(path: Path) -> list[dict]:
-    "The lines of a log.jsonl, without a torn last one."
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: lines.append(json.loads(line))
-        except json.JSONDecodeError: break
-    return lines
-
-# %% ../../nbs/training/20_checkpoint.ipynb #ba773377
+# %% ../../nbs/training/20_checkpoint.ipynb #4ac78615
 def truncate_log(path: Path, step: int):
-    "Keep the lines up to `step`."
-    write_text(path, "".join(json.dumps(l) + "\n" for l in read_log(path) if l["step"] <= step))
+    "Keep the lines up to `step`; a file without lines if there is none. ValueError: a broken line before the last."
+    lines = read_log(path) if path.exists() else []
+    write_text(path, "".join(json.dumps(l) + "\n" for l in lines if l["step"] <= step))
 
 # %% ../../nbs/training/20_checkpoint.ipynb #74cab537
 def git_commit() -> str | None:

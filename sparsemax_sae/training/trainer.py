@@ -6,7 +6,7 @@
 __all__ = ['run_device', 'run_source', 'run_sae', 'learning_rate', 'make_optimizer', 'train_step', 'log_line', 'Run', 'open_run',
            'noted_interrupt', 'Trainer', 'train']
 
-# %% ../../nbs/training/10_trainer.ipynb #08093dd5
+# %% ../../nbs/training/10_trainer.ipynb #64c28075
 import json, os, signal, time
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..activations.source import Source, make_source
+from ..basics.log import read_log
 from ..reproduce.paths import runs_dir
 from ..saes.base import SAE, SAEOutput, make_sae
-from .checkpoint import (atomic_folder, load_checkpoint, make_manifest, read_json, read_log, restore_state, save_checkpoint,
+from .checkpoint import (atomic_folder, load_checkpoint, make_manifest, read_json, restore_state, save_checkpoint,
                                                training_state, truncate_log, write_json, write_text)
 from .config import RunConfig, make_config
 
