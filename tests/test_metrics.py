@@ -481,7 +481,7 @@ def test_table(gpt2):
     assert close(df.loc["mean", "fve"], 0, abs=1e-5)
     assert df.attrs["direction"]["nmse"] == "lower" and df.attrs["direction"]["ce_degradation"] == "zero" and df.attrs["n"] == 200 and df.attrs["source"] == "random gpt2"
     omitted = df.attrs["omitted"]
-    assert all("decoder_orthogonality" in omitted[row] for row in ("mean", "zero")) and set(omitted["sae"]) == {"adaptivity", "recovery"} and "nmse ↓" in with_arrows(df) and "ce_original" in with_arrows(df)
+    assert all("decoder_orthogonality" in omitted[row] for row in ("mean", "zero")) and set(omitted["sae"]) == {"adaptivity", "recovery", "monosemanticity", "zero_shot"} and "nmse ↓" in with_arrows(df) and "ce_original" in with_arrows(df)
     json.dumps(df.attrs)
     two = metrics_table({"a": TinySAE(16), "b": TinySAE(16)}, gpt2, n=50, metrics=["l0", "do"], mean=torch.zeros(16))
     assert list(two.index) == ["a", "b", "mean", "zero"] and list(two.columns) == ["l0", "do"]

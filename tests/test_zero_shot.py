@@ -12,7 +12,7 @@ from sparsemax_sae import make_sae
 from sparsemax_sae.activations.source import make_source
 from sparsemax_sae.metrics.evaluate import MeanPredictor, ZeroPredictor, evaluate
 from sparsemax_sae.metrics.reconstruction import NotApplicable
-from sparsemax_sae.metrics.zero_shot import (Outcome, ZeroShotAccuracy, class_counts, concept_ranks, count_concepts, entry_ranks, labelled_sources, splices, tally, top_concepts,
+from sparsemax_sae.metrics.zero_shot import (Outcome, ZeroShotAccuracy, class_counts, concept_ranks, count_concepts, entry_ranks, keep_where, labelled_sources, splices, tally, top_concepts,
                                              zero_shot, zero_shot_all, zero_shot_loop, zero_shot_table)
 from sparsemax_sae.ops.codes import Codes, Pattern, counts_to_offsets
 
@@ -170,11 +170,12 @@ def test_masks_are_complements_entry_by_entry(arch):
     source, sae = Source(), ARCHS[arch]
     with torch.no_grad(): codes = sae.encode(source.residual(source.data.images["test"][:20]))
     ranks, y = concept_ranks(class_counts(sae, source)), torch.arange(20) % CLASSES
-    place = entry_ranks(codes, ranks, y)
-    for n in (0, 1, 3, codes.d_sae):
-        on, off, mask = codes.keep(place < n), codes.keep(place >= n), (ranks < n)[y][:, None]
-        assert torch.equal(on.to_dense(), codes.to_dense()*mask) and torch.equal(off.to_dense(), codes.to_dense()*~mask)
-        assert len(on.values) + len(off.values) == len(codes.values) and torch.equal(on.to_dense() + off.to_dense(), codes.to_dense())
+    for codes in (codes, sparse(codes.to_dense())):
+        place = entry_ranks(codes, ranks, y)
+        for n in (0, 1, 3, codes.d_sae):
+            on, off, mask = keep_where(codes, place < n), keep_where(codes, place >= n), (ranks < n)[y][:, None]
+            assert torch.equal(on.to_dense(), codes.to_dense()*mask) and torch.equal(off.to_dense(), codes.to_dense()*~mask)
+            assert len(on.values) + len(off.values) == len(codes.values) and torch.equal(on.to_dense() + off.to_dense(), codes.to_dense())
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -115,7 +115,7 @@ def batch_losses(model, tokenizer, s: Layout, texts: Sequence[str], respect: str
     scenes, objects = embed_scenes(model, s)
     return match(model, tokenizer, scenes, texts), match(model, tokenizer, objects, object_words(s, respect))
 
-# %% ../../nbs/backbones/10_contrastive.ipynb #14627e23
+# %% ../../nbs/backbones/10_contrastive.ipynb #1eca4f0a
 ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
 
 def make_optimizers(model, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -130,14 +130,14 @@ def train_clip(
     model, tokenizer,
     steps: int,
     batch_size: int = 128,
-    lr: float = 1e-3,
-    warmup: int = 300, # steps of linear warm-up
+    lr: float = 2e-3,
+    warmup: int = 100, # steps of linear warm-up
     weight_decay: float = .05,
     seed: int = 0,
     autocast: bool = False, # bfloat16 arithmetic: twice as fast on processors that know it, float32 weights all the same
     callback: Callable[[int, float], None] | None = None, # called as callback(step, loss) after each step
 ) -> list[float]: # the training loss of every step
-    "Train `model` in place on ever new pictures with AdamW, warm-up and cosine, gradients clipped to norm 1."
+    "Train `model` in place on ever new pictures with `make_optimizers`, warm-up and cosine, gradients clipped to norm 1."
     optimizers = make_optimizers(model, lr, weight_decay)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: warmup_cosine(i, steps, min(warmup, max(1, steps//5)), floor=0.)) for o in optimizers]
     gen, losses, device = generator("train_clip", seed), [], model.logit_scale.device
@@ -205,10 +205,10 @@ def load_clip(path: str | Path):
     model = open_clip.create_model(f"local-dir:{path}", require_pretrained=False)
     return model.eval(), open_clip.get_tokenizer(f"local-dir:{path}")
 
-# %% ../../nbs/backbones/10_contrastive.ipynb #75782e44
+# %% ../../nbs/backbones/10_contrastive.ipynb #5c62e65b
 RECIPES = dict(
     smoke=dict(config=CONFIG | dict(vision_cfg=CONFIG["vision_cfg"] | dict(width=32, layers=2, patch_size=16)), judged=128, training=dict(steps=40, batch_size=64, lr=2e-3, warmup=10)),
-    full=dict(config=CONFIG, judged=None, training=dict(steps=6000, batch_size=128, lr=1e-3, warmup=300)))
+    full=dict(config=CONFIG, judged=None, training=dict(steps=6000, batch_size=128, lr=2e-3, warmup=100)))
 
 def recipe(
     preset: str, # "smoke" or "full"

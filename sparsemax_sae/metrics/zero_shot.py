@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_images', 'labelled_sources', 'labelled_batches', 'tally', 'count_into', 'first_of_each', 'no_such_images',
-           'count_concepts', 'class_counts', 'concept_order', 'concept_ranks', 'top_concepts', 'entry_ranks', 'splices',
-           'classify', 'predict', 'Outcome', 'ZeroShot', 'zero_shot_table', 'check_request', 'count_for', 'outcomes',
-           'zero_shot_all', 'zero_shot', 'dense_codes', 'images_by_class', 'loop_counts', 'clamped', 'loop_predictions',
-           'zero_shot_loop', 'ZeroShotAccuracy']
+           'count_concepts', 'class_counts', 'concept_order', 'concept_ranks', 'top_concepts', 'entry_ranks',
+           'keep_where', 'splices', 'classify', 'predict', 'Outcome', 'ZeroShot', 'zero_shot_table', 'check_request',
+           'count_for', 'outcomes', 'zero_shot_all', 'zero_shot', 'dense_codes', 'images_by_class', 'loop_counts',
+           'clamped', 'loop_predictions', 'zero_shot_loop', 'ZeroShotAccuracy']
 
 # %% ../../nbs/metrics/40_zero_shot.ipynb #e4635a55
 from collections import defaultdict
@@ -54,12 +54,13 @@ def labelled_batches(source, split: str, indices: Tensor, batch_size: int = 64) 
         x = source.residual(source.pixels(batch.images))
         yield batch.indices[known], batch.labels[known].to(x.device), x[known.to(x.device)]
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #87bcfdae
-def tally(counts: Tensor, codes: Codes, labels: Tensor, threshold: float = .2) -> None:
+# %% ../../nbs/metrics/40_zero_shot.ipynb #7e693e36
+def tally(counts: Tensor, codes: Codes, labels: Tensor, threshold: float = .2) -> Tensor:
     "Add to `counts` (C, d_sae) the number of entries above `threshold` of `codes` (B, tokens, d_sae), by the `labels` (B,) of the images."
+    if codes.is_dense: return counts.index_add_(0, labels, (codes.to_dense() > threshold).sum(1))
     on = codes.values > threshold
     label = labels.repeat_interleave(len(codes) // len(labels))[codes.rows[on]]
-    counts.view(-1).index_add_(0, label*codes.d_sae + codes.indices[on], torch.ones_like(label))
+    return counts.view(-1).index_add_(0, label*codes.d_sae + codes.indices[on], torch.ones_like(label))
 
 # %% ../../nbs/metrics/40_zero_shot.ipynb #99815ab5
 def count_into(counts: Mapping[str, Tensor], images: Tensor, saes: Mapping, source, split: str, indices: Tensor, threshold: float = .2, batch_size: int = 64) -> None:
@@ -126,13 +127,18 @@ def top_concepts(counts: Tensor, n: int) -> Tensor:
     top = concept_order(counts)[:, :n]
     return top.masked_fill(counts.gather(1, top) == 0, -1)
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #3a5d3b96
+# %% ../../nbs/metrics/40_zero_shot.ipynb #7bf5b173
 def entry_ranks(codes: Codes, ranks: Tensor, classes: Tensor) -> Tensor:
-    "The rank (nnz,) of every entry of `codes` (B, tokens, d_sae), from `ranks` (C, d_sae) and the class (B,) whose mask each image gets."
+    """The rank (nnz,) of every entry of `codes` (B, tokens, d_sae), from `ranks` (C, d_sae) and the class (B,) whose mask each image gets; (B, 1, d_sae) if the codes are a matrix."""
+    if codes.is_dense: return ranks[classes][:, None]
     row = classes.repeat_interleave(len(codes) // len(classes)) * codes.d_sae
     return ranks.view(-1)[row[codes.rows] + codes.indices]
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #4d06a4ef
+def keep_where(codes: Codes, mask: Tensor) -> Codes:
+    "Only the entries of `codes` where `mask`, a comparison of their `entry_ranks`, is True."
+    return Codes.from_dense(codes.to_dense()*mask) if codes.is_dense else codes.keep(mask)
+
+# %% ../../nbs/metrics/40_zero_shot.ipynb #35b0954f
 def splices(sae, x: Tensor, classes: Tensor, ranks: Tensor | None, n: Iterable[int] = (), off: Iterable[int] = ()) -> Iterator[tuple[str, Tensor]]:
     "What takes the place of the tokens `x` (B, tokens, d_in), setting by setting: (name, x_hat); image b under the mask of class `classes[b]`."
     if ranks is None:
@@ -140,9 +146,9 @@ def splices(sae, x: Tensor, classes: Tensor, ranks: Tensor | None, n: Iterable[i
         return
     codes = sae.encode(x)
     place = entry_ranks(codes, ranks, classes)
-    for k in n: yield f"on_{k}", sae.decode(codes.keep(place < k), like=x)
+    for k in n: yield f"on_{k}", sae.decode(keep_where(codes, place < k), like=x)
     yield "on_all", sae.decode(codes, like=x)
-    for k in off: yield f"off_{k}", sae.decode(codes.keep(place >= k), like=x)
+    for k in off: yield f"off_{k}", sae.decode(keep_where(codes, place >= k), like=x)
 
 # %% ../../nbs/metrics/40_zero_shot.ipynb #8f78b4c3
 def classify(source, x: Tensor, prototypes: Tensor) -> Tensor:
