@@ -78,16 +78,17 @@ def quotients(times: pd.DataFrame, wanted: float = 8) -> pd.DataFrame:
     whole = {k: ((times["loop", k] + times["count loop", k])/(times["ours", k] + times["count ours", k])).median() for k in names if ("count ours", k) in times}
     return table.assign(with_counting=whole, wanted=wanted, met=table["median"] >= wanted)
 
-# %% ../../nbs/benchmarks/30_passes.ipynb #f78a502f
+# %% ../../nbs/benchmarks/30_passes.ipynb #c4ed6307
 @torch.no_grad()
-def parts(saes: dict[str, SAE], slow: dict[str, SAE], source, images: int = 64, n: tuple = (1, 5, 10, 50), repeats: int = 3) -> tuple[pd.Series, pd.Series]:
+def parts(saes: dict[str, SAE], slow: dict[str, SAE], source, images: int = 32, n: tuple = (1, 5, 10, 50), repeats: int = 3, batch_size: int = 16) -> tuple[pd.Series, pd.Series]:
     "(milliseconds per image of the parts F, A, B and, by autoencoder, E+D and E'+rD'; the quotient expected from them, by autoencoder)."
     batch = source.data.load("test", source.data.sample("test", images))
     z, mask = source.residual(source.pixels(batch.images)), torch.ones(next(iter(saes.values())).d_sae, device=source.device)
     ranks = concept_ranks(torch.ones(len(source.data.classes), len(mask), dtype=torch.long, device=source.device))
-    cases = {"F": lambda: source.embeddings(batch.images), "A": lambda: source.residual(source.pixels(batch.images)), "B": lambda: source.finish(z)}
+    pieces = z.split(batch_size)
+    cases = {"F": lambda: [source.finish(source.residual(p)) for p in source.pixels(batch.images).split(batch_size)], "A": lambda: source.residual(source.pixels(batch.images)), "B": lambda: source.finish(z)}
     for k in saes:
-        cases[f"E+D: {k}"] = lambda k=k: clamped(slow[k], mask)(source.given(z))
+        cases[f"E+D: {k}"] = lambda k=k: [clamped(slow[k], mask)(source.given(p)) for p in pieces]
         cases[f"E'+rD': {k}"] = lambda k=k: list(splices(saes[k], source.given(z), batch.labels.to(z.device), ranks, n))
     t, r = interleave({k: torch.no_grad()(case) for k, case in cases.items()}, repeats).median(), len(n) + 1
     expected = {k: ((r + 1)*t["F"] + r*t[f"E+D: {k}"]) / (t["A"] + (r + 1)*t["B"] + t[f"E'+rD': {k}"]) for k in saes}

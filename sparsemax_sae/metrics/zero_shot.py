@@ -44,8 +44,8 @@ def labelled_sources(source, data=None) -> dict:
     if len(set(names)) < len(names): raise ValueError(f"two of the data sets {names} have the same name; evaluate them one by one.")
     return dict(zip(names, found))
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #96b74a8e
-def labelled_batches(source, split: str, indices: Tensor, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+# %% ../../nbs/metrics/40_zero_shot.ipynb #828fa89e
+def labelled_batches(source, split: str, indices: Tensor, batch_size: int = 32) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     "The images `indices` of `split`, batch by batch: (indices (B,), labels (B,), all tokens (B, 1 + patches, d_in) at the hook)."
     for i in tqdm(torch.as_tensor(indices).split(batch_size), desc=f"{source.data.name}, {split}", unit="batch", leave=False, delay=10):
         batch = source.data.load(split, i)
@@ -62,8 +62,8 @@ def tally(counts: Tensor, codes: Codes, labels: Tensor, threshold: float = .2) -
     label = labels.repeat_interleave(len(codes) // len(labels))[codes.rows[on]]
     return counts.view(-1).index_add_(0, label*codes.d_sae + codes.indices[on], torch.ones_like(label))
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #99815ab5
-def count_into(counts: Mapping[str, Tensor], images: Tensor, saes: Mapping, source, split: str, indices: Tensor, threshold: float = .2, batch_size: int = 64) -> None:
+# %% ../../nbs/metrics/40_zero_shot.ipynb #492cae39
+def count_into(counts: Mapping[str, Tensor], images: Tensor, saes: Mapping, source, split: str, indices: Tensor, threshold: float = .2, batch_size: int = 32) -> None:
     "Add what the images `indices` of `split` contribute to `counts` {name: (C, d_sae)} of `saes`, and to the numbers of `images` (C,) of each class."
     for _, labels, x in labelled_batches(source, split, indices, batch_size):
         images += torch.bincount(labels, minlength=len(images)).to(images.device)
@@ -87,8 +87,8 @@ def no_such_images(data, split: str, images: Tensor) -> None:
         raise ValueError(f"{data.name!r} has no image of {', '.join(map(repr, without[:5]))}{f' and {len(without) - 5} other classes' if len(without) > 5 else ''} to count concepts on, "
                          f"in what was asked for of split {split!r}. Every class needs one: ask for more images, or leave the class out of the data set.")
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #a2de8b39
-def count_concepts(saes: Mapping, source, split: str = "count", n: int | None = None, threshold: float = .2, batch_size: int = 64, cover: bool = True) -> dict[str, Tensor]:
+# %% ../../nbs/metrics/40_zero_shot.ipynb #a4702992
+def count_concepts(saes: Mapping, source, split: str = "count", n: int | None = None, threshold: float = .2, batch_size: int = 32, cover: bool = True) -> dict[str, Tensor]:
     """`class_counts` for each of `saes` by name, with one pass over the images: {name: (C, d_sae) int64}.
 
     `n` images (None: all) in the fixed order of `sample`; with `cover`, then the first image of every class that is not among them. ValueError: a class without an image."""
@@ -102,7 +102,7 @@ def count_concepts(saes: Mapping, source, split: str = "count", n: int | None = 
     no_such_images(data, split, images)
     return counts
 
-def class_counts(sae, source, split: str = "count", threshold: float = .2, n: int | None = None, batch_size: int = 64) -> Tensor:
+def class_counts(sae, source, split: str = "count", threshold: float = .2, n: int | None = None, batch_size: int = 32) -> Tensor:
     """How often each concept fires for each class: (C, d_sae) int64, the number of (image, token) pairs of class c with z_j > `threshold` (PatchSAE).
 
     Over the first `n` images of `split` (None: all), and then the first of every class that is not among them. In eval mode; independent of `batch_size`.
@@ -155,9 +155,9 @@ def classify(source, x: Tensor, prototypes: Tensor) -> Tensor:
     "The class (B,) that the model sees in all tokens `x` (B, 1 + patches, d_in): the prototype (C, embed) with the largest cosine."
     return (source.finish(x) @ prototypes.T).argmax(1)
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #70819634
+# %% ../../nbs/metrics/40_zero_shot.ipynb #6567e5ba
 def predict(saes: Mapping, source, split: str, indices: Tensor, ranks: Mapping, prototypes: Tensor, n: Iterable[int] = (), off: Iterable[int] = (), oracle: bool = True,
-            batch_size: int = 64) -> tuple[Tensor, Tensor, dict[str, dict[str, Tensor]]]:
+            batch_size: int = 32) -> tuple[Tensor, Tensor, dict[str, dict[str, Tensor]]]:
     """(indices (N,), labels (N,), {SAE: {setting: predicted class (N,)}}) for the images `indices` of `split`, on the CPU.
 
     `ranks`: {SAE: (C, d_sae)} of those that have codes."""
@@ -233,9 +233,9 @@ def outcomes(saes: Mapping, source, counts: Mapping[str, Tensor], n_test: int | 
     i, labels, got = predict(saes, source, "test", test, {k: concept_ranks(c) for k, c in counts.items()}, prototypes, **how)
     return {name: Outcome(list(data.classes), i, labels, p, (counts[name] > 0).sum(1).cpu() if name in counts else None) for name, p in got.items()}
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #0c423f85
+# %% ../../nbs/metrics/40_zero_shot.ipynb #da8db73d
 def zero_shot_all(saes: Mapping, source, n: Iterable[int] = (1, 5, 10, 50), off: Iterable[int] = (), oracle: bool = True, same_split: bool = False, threshold: float = .2,
-                  n_count: int | None = None, n_test: int | None = None, batch_size: int = 64, data=None) -> dict[str, ZeroShot]:
+                  n_count: int | None = None, n_test: int | None = None, batch_size: int = 32, data=None) -> dict[str, ZeroShot]:
     "`zero_shot` for each of `saes` (by name), on one common pass over the images: {name: `ZeroShot`}."
     n, off = tuple(dict.fromkeys(n)), tuple(dict.fromkeys(off))
     check_request(saes, n, off, threshold)
@@ -247,9 +247,9 @@ def zero_shot_all(saes: Mapping, source, n: Iterable[int] = (1, 5, 10, 50), off:
             for name, o in outcomes(saes, one, counts, n_test, n=n, off=off, oracle=oracle, batch_size=batch_size).items(): results[name][dataset] = o
     return results
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #c70f0cc6
+# %% ../../nbs/metrics/40_zero_shot.ipynb #6edfda6c
 def zero_shot(sae, source, n: Iterable[int] = (1, 5, 10, 50), off: Iterable[int] = (), oracle: bool = True, same_split: bool = False, threshold: float = .2,
-              n_count: int | None = None, n_test: int | None = None, batch_size: int = 64, data=None) -> ZeroShot:
+              n_count: int | None = None, n_test: int | None = None, batch_size: int = 32, data=None) -> ZeroShot:
     """Zero-shot accuracy of CLIP reading reconstructions from the top concepts of a class (PatchSAE, arXiv 2412.05276): {data set: `Outcome`}; `.table()` has the accuracies.
 
     Settings: no_sae, on_k for k in `n`, on_all (plain reconstruction), off_k for k in `off`. `oracle=True`, the published protocol, masks an image with the concepts of its TRUE class
