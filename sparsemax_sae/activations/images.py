@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VISION_PRESETS', 'TOKENS', 'check_visual', 'find_visual', 'quiet_clip', 'is_clip_name', 'check_weights',
-           'named_model', 'folder_model', 'load_clip', 'ImageSource', 'is_vision_model', 'clip_digest']
+           'named_model', 'folder_model', 'load_clip', 'ImageSource', 'is_vision_model', 'only_cls', 'clip_digest']
 
 # %% ../../nbs/activations/30_images.ipynb #e5477791
 import copy, json, logging, re
@@ -247,7 +247,7 @@ def pixels(self: ImageSource, images: Tensor | Sequence[Image.Image]) -> Tensor:
     def prepare(im): return self.preprocess(to_rgb(im))
     return torch.stack(in_threads(prepare, images) if self.config else list(map(prepare, images))).to(self.device)
 
-# %% ../../nbs/activations/30_images.ipynb #e3741706
+# %% ../../nbs/activations/30_images.ipynb #c12d1bf8
 @patch
 def in_pieces(self: ImageSource, fn: Callable, x: Tensor, empty: tuple) -> Tensor:
     "`fn` of `model_batch` rows of `x` at a time, cast to the model's type, as float32 on `device`; (0, *empty) if there are none."
@@ -266,13 +266,25 @@ def residual(self: ImageSource, pixels: Tensor) -> Tensor:
         return x
     return self.in_pieces(run, pixels, (self.all_tokens, self.d_in))
 
+def only_cls(block: nn.Module, x: Tensor) -> Tensor:
+    "What `block` makes of the first of the tokens x (B, T, d): (B, 1, d)."
+    h = block.ln_1(x)
+    y = x[:, :1] + block.ls_1(block.attention(h[:, :1], h, h))
+    return y + block.ls_2(block.mlp(block.ln_2(y)))
+
+@patch
+def pools_cls(self: ImageSource) -> bool:
+    "True if of the last block's output nothing but the CLS token is used."
+    return getattr(self.visual, "pool_type", "") == "tok" and self.visual.attn_pool is None and type(self.resblocks[-1]).__name__ == "ResidualAttentionBlock"
+
 @patch
 def finish(self: ImageSource, x: Tensor) -> Tensor:
     "Image embeddings (B, embed) of unit norm from all tokens x (B, 1 + patches, d_in) at the hook: the rest of the model."
     if x.ndim != 3 or tuple(x.shape[1:]) != (self.all_tokens, self.d_in):
         raise ValueError(f"finish takes all tokens (B, {self.all_tokens}, {self.d_in}); got {tuple(x.shape)}. See `merge`.")
     def run(x):
-        for block in self.resblocks[self.depth:]: x = block(x)
+        rest = self.resblocks[self.depth:]
+        for i, block in enumerate(rest): x = only_cls(block, x) if i == len(rest) - 1 and self.pools_cls() else block(x)
         x = self.visual._pool(x)[0]
         return x if self.visual.proj is None else x @ self.visual.proj
     return F.normalize(self.in_pieces(run, x, (self.visual.output_dim,)), dim=-1)
