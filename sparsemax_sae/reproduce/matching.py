@@ -8,13 +8,14 @@ __all__ = ['FAR', 'MUTUAL', 'SOFT', 'SPARSEMAX', 'CLAIMS', 'knob_of', 'knob_valu
            'trace', 'run_row', 'family', 'open_runs', 'stored', 'measured', 'value_at', 'contender_row', 'with_own_k',
            'judge', 'claims', 'phases', 'timed_step', 'step_times']
 
-# %% ../../nbs/reproduce/35_matching.ipynb #2afda5e6
+# %% ../../nbs/reproduce/35_matching.ipynb #fa8196ec
 import copy, math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from ..activations.source import Source, digest
 from ..activations.store import ActivationStore, StoreSource
 from ..basics.errors import positive
@@ -120,13 +121,16 @@ def match_l0(config: RunConfig, target: float, source: Source, start: float | No
         tried.append(try_value(config, value, source, n, progress))
     return tried
 
-# %% ../../nbs/reproduce/35_matching.ipynb #520a509b
+# %% ../../nbs/reproduce/35_matching.ipynb #7f91cbb9
 def contender_config(name: str, options: Mapping, preset: str = "", **base) -> RunConfig:
-    "The configuration of the contender `name`: recipe options, or those of the recipe `arch` among them, on common settings `base`. Errors of `make_config`."
-    options = dict(options)
+    """The configuration of the contender `name` on common settings `base`: `options` are those of its recipe, or of the recipe `arch` among them.
+
+    Fields of the configuration, such as lr, may stand among them. Errors of `make_config`."""
+    hyper, options = {f.name for f in fields(RunConfig)} - {"normalize"}, dict(options)
     arch = options.pop("arch", name)
     own = "normalize" in look_up(RECIPES, arch, "architecture").hyper
-    return make_config(arch, preset, options=options, **{k: v for k, v in base.items() if not (own and k == "normalize")})
+    settings = {k: v for k, v in base.items() if not (own and k == "normalize")} | {k: options.pop(k) for k in hyper & set(options)}
+    return make_config(arch, preset, options=options, **settings)
 
 # %% ../../nbs/reproduce/35_matching.ipynb #a417af52
 def trace(config: RunConfig, targets: Iterable[float], source: Source, tries: int = 4, further: int = 1, tolerance: float = .1, n: int = 8192, progress: bool = False) -> list[tuple[float, Try]]:
@@ -168,11 +172,13 @@ def open_runs(table: pd.DataFrame) -> dict[str, Run]:
     "The runs of a table of `family`, by row."
     return {name: Run(runs_dir()/id) for name, id in table["run"].items()}
 
-# %% ../../nbs/reproduce/35_matching.ipynb #b3c84eaa
+# %% ../../nbs/reproduce/35_matching.ipynb #d1e135d5
 def stored(source: Source, n: int, seed: int = 0) -> StoreSource:
     "The first `n` activations of the stream of `source` (and held-out ones, a tenth as many) from a store in the folder of the runs, written at the first call."
     path = runs_dir()/"stores"/digest(source.fingerprint(), n, seed)
-    return StoreSource(ActivationStore.build(source, path, n, seed=seed, progress=False), source, device=source.device)
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_suffix(".lock")): store = ActivationStore.build(source, path, n, seed=seed, progress=False)
+    return StoreSource(store, source, device=source.device)
 
 # %% ../../nbs/reproduce/35_matching.ipynb #c3da9520
 def measured(table: pd.DataFrame, source: Source, n: int = 16384, n_sequences: int = 64, metrics: Iterable[str] | None = None, batch_size: int = 4096) -> pd.DataFrame:

@@ -26,11 +26,11 @@ def caption(preset: str, runs: dict) -> str:
     return (f"preset {preset}; steps {of(lambda r: r.config.steps)}; seed {of(lambda r: r.config.seed)}; "
             f"commit {of(lambda r: (r.manifest['commit'] or 'none')[:8])}; {of(lambda r: r.manifest['device_name'])}")
 
-# %% ../../nbs/reproduce/40_publish.ipynb #66f4fa91
-def publish(item: str, preset: str, table: pd.DataFrame, figure: Figure | None, runs: dict, really: bool = True) -> str:
+# %% ../../nbs/reproduce/40_publish.ipynb #669bb62e
+def publish(item: str, preset: str, table: pd.DataFrame, figure: Figure | None, runs: dict, really: bool = True, claims: pd.DataFrame | None = None, headline: str = "") -> str:
     """Write data/results/`item`/`preset`.csv and .json, and figures/`item`.png. Returns what was done; does nothing unless `really`.
 
-    ValueError: preset smoke. RuntimeError: inside a test.
+    `claims` (of `reproduce.compare.claims`) and `headline`, the result in one line, join the record. ValueError: preset smoke. RuntimeError: inside a test.
     """
     if not really: return "not published (publish=False)"
     if preset == "smoke": raise ValueError("a smoke run proves that the code runs; its numbers are not results. Use preset laptop, gpu or paper.")
@@ -38,7 +38,7 @@ def publish(item: str, preset: str, table: pd.DataFrame, figure: Figure | None, 
     folder = root()/"data"/"results"/item
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder/f"{preset}.csv", table.to_csv(float_format="%.6g"))
-    write_json(folder/f"{preset}.json", dict(item=item, caption=caption(preset, runs), rows=provenance(runs)))
+    write_json(folder/f"{preset}.json", dict(item=item, headline=headline, caption=caption(preset, runs), claims=[] if claims is None else claims.reset_index().to_dict("records"), rows=provenance(runs)))
     if figure is not None:
         figures_dir().mkdir(exist_ok=True)
         figure.savefig(figures_dir()/f"{item}.png", bbox_inches="tight", metadata={"Software": None})

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..basics.log import read_log
 from ..reproduce.paths import root
 
-# %% ../../nbs/training/20_checkpoint.ipynb #9015a14f
+# %% ../../nbs/training/20_checkpoint.ipynb #b27923eb
 def write_text(path: Path, text: str):
     "Write `text` to `path`, atomically."
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # each process its own
     with open(part, "w") as f:
         f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
@@ -129,11 +129,11 @@ def truncate_log(path: Path, step: int):
     lines = read_log(path) if path.exists() else []
     write_text(path, "".join(json.dumps(l) + "\n" for l in lines if l["step"] <= step))
 
-# %% ../../nbs/training/20_checkpoint.ipynb #74cab537
+# %% ../../nbs/training/20_checkpoint.ipynb #afcbc306
 def git_commit() -> str | None:
-    "The checkout's commit, with \"+\" if files differ from it; None outside a checkout."
+    "The checkout's commit, with \"+\" if files other than results differ from it; None outside a checkout."
     git = lambda *a: subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True, timeout=10)
-    try: head, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    try: head, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!data/results", ":!figures")
     except (OSError, subprocess.TimeoutExpired): return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['run_device', 'run_source', 'run_sae', 'learning_rate', 'make_optimizer', 'train_step', 'log_line', 'Run', 'open_run',
-           'noted_interrupt', 'Trainer', 'train']
+           'noted_interrupt', 'Trainer', 'train', 'finish']
 
-# %% ../../nbs/training/10_trainer.ipynb #64c28075
+# %% ../../nbs/training/10_trainer.ipynb #0d30ed68
 import json, os, signal, time
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from filelock import FileLock, Timeout as Busy
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..activations.source import Source, make_source
@@ -157,12 +159,14 @@ class Trainer:
         with open(self.run.path/"log.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
         return line
 
-# %% ../../nbs/training/10_trainer.ipynb #3041a025
+# %% ../../nbs/training/10_trainer.ipynb #1ce64ecf
 @patch
-def fit(self: Trainer, progress: bool = True):
-    "Train to the end of the configuration, or to a keyboard interrupt, which saves first."
+def fit(self: Trainer, progress: bool | Callable = True):
+    """Train to the end of the configuration, or to a keyboard interrupt, which saves first.
+
+    `progress`: show a bar, or a function (config, first step) → context manager with `update()` and `set_postfix(**numbers)`, as a tqdm bar has them."""
     c, since = self.config, (time.perf_counter(), self.step)
-    bar = tqdm(total=c.steps, initial=self.step, desc=c.arch, unit="step", disable=not progress, mininterval=1)
+    bar = progress(c, self.step) if callable(progress) else tqdm(total=c.steps, initial=self.step, desc=c.arch, unit="step", disable=not progress, mininterval=1)
     with bar, noted_interrupt() as stop:
         for x, cursor in islice(self.source.stream(c.batch_size, c.seed, self.cursor), c.steps - self.step):
             if self.step == 0: self.sae.calibrate(x)
@@ -177,18 +181,25 @@ def fit(self: Trainer, progress: bool = True):
             if self.step % c.save_every == 0 or self.step == c.steps or stop: self.save()
             if stop and self.step < c.steps: raise KeyboardInterrupt(f"stopped after step {self.step} of {c.steps}; start the same run again to go on.")
 
-# %% ../../nbs/training/10_trainer.ipynb #08b3b2d6
-def train(config: RunConfig, source: Source | None = None, progress: bool = True) -> Run:
+# %% ../../nbs/training/10_trainer.ipynb #ce7c19fb
+def train(config: RunConfig, source: Source | None = None, progress: bool | Callable = True, wait: bool = True) -> Run:
     """Train the SAE that `config` describes, or finish training it, or do nothing if that is done. Returns its run directory.
 
+    `progress` as in `Trainer.fit`. A run that another process is training is waited for, or with `wait=False` raises `Busy`.
     ValueError: configuration and folder do not fit. FloatingPointError: the loss is not finite. OSError: a checkpoint could not be written.
     In all cases the last checkpoint stays.
     """
     source = source or run_source(config)
     run = open_run(config, source.fingerprint())
     if run.finished: return run
+    with FileLock(run.path/".lock", timeout=-1 if wait else 0):
+        if not run.finished: finish(config, source, run, progress)
+    return run
+
+def finish(config: RunConfig, source: Source, run: Run, progress: bool | Callable = True) -> None:
+    "Train `run` to its end, from its last checkpoint; for the one process that holds its lock, which goes away with the need for it."
     trainer = Trainer(config, source, run)
     trainer.fit(progress)
     with atomic_folder(run.path/"sae") as d: trainer.sae.save_pretrained(d)
     write_json(run.path/"manifest.json", dict(run.manifest, status="finished", samples_seen=config.steps*config.batch_size))
-    return run
+    (run.path/".lock").unlink(missing_ok=True)
