@@ -7,7 +7,7 @@ __all__ = ['check_images', 'labelled_sources', 'labelled_batches', 'tally', 'cou
            'count_concepts', 'class_counts', 'concept_order', 'concept_ranks', 'top_concepts', 'entry_ranks',
            'keep_where', 'splices', 'classify', 'predict', 'Outcome', 'ZeroShot', 'zero_shot_table', 'check_request',
            'count_for', 'outcomes', 'zero_shot_all', 'zero_shot', 'dense_codes', 'images_by_class', 'loop_counts',
-           'clamped', 'loop_predictions', 'zero_shot_loop', 'ZeroShotAccuracy']
+           'clamped', 'loop_predictions', 'zero_shot_loop', 'ZeroShotAccuracy', 'ZeroShotFiring']
 
 # %% ../../nbs/metrics/40_zero_shot.ipynb #e4635a55
 from collections import defaultdict
@@ -305,7 +305,7 @@ def zero_shot_loop(sae, source, n: Iterable[int] = (1, 5, 10, 50), threshold: fl
         got = loop_predictions(sae, source, test, loop_counts(sae, source, count, threshold), P, n)
     return pd.DataFrame({c: {k: (p == c).double().mean().item() for k, p in g.items()} for c, g in got.items()}).mean(axis=1)
 
-# %% ../../nbs/metrics/40_zero_shot.ipynb #ef3e5f2f
+# %% ../../nbs/metrics/40_zero_shot.ipynb #650d4b8b
 @register_metric
 class ZeroShotAccuracy(Metric):
     "`zero_shot` as a metric of `evaluate`: mean over data sets of the macro accuracies under the mask of the true class (an oracle, no classifier)."
@@ -316,4 +316,10 @@ class ZeroShotAccuracy(Metric):
     def measure(self, sae, source, n_sequences: int) -> dict[str, float]:
         possible = [k for k in self.n if k <= getattr(sae, "d_sae", k)]
         mean = zero_shot(sae, source, possible, threshold=self.threshold, n_count=n_sequences, n_test=n_sequences).table().iloc[-1]
-        return {k: float(mean.get(k.removeprefix("zs_"), float("nan"))) for k in self.direction}
+        return {k: float(mean.get(k.partition("_")[2], float("nan"))) for k in self.direction}
+
+@register_metric
+class ZeroShotFiring(ZeroShotAccuracy):
+    "`ZeroShotAccuracy` with concepts counted wherever they fire: threshold 0, so that the scale of the codes does not matter."
+    name, order, default, threshold = "zero_shot_firing", 41, False, 0.
+    direction = {f"zs0_{k.removeprefix('zs_')}": d for k, d in ZeroShotAccuracy.direction.items()}

@@ -1,0 +1,165 @@
+"""One command for all items, in a little house of its own: what is listed, what runs, what does not run again, and how a failure is told."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sparsemax_sae.reproduce import workflow
+from sparsemax_sae.reproduce.paths import root
+from sparsemax_sae.reproduce.workflow import imported, items, read_notebook, times, tree_of, why
+
+SNAKEFILE = root()/"Snakefile"
+needs_snakemake = pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason="needs snakemake, of the extra [workflow]")
+HEAD = "# {0}\n\n> A test item.\n\n    papermill nbs/paper/{0}.ipynb runs/x.ipynb -p preset laptop -p publish True"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def notebook(house, name, *code, head=HEAD, output=None):
+    "A paper notebook: title and command line, parameters, code."
+    cells = [nbformat.v4.new_markdown_cell(head.format(name)), nbformat.v4.new_code_cell('preset: str = ""\npublish: bool = False\ndataset: str = ""', metadata=dict(tags=["parameters"]))]
+    nb = nbformat.v4.new_notebook(cells=cells + [nbformat.v4.new_code_cell(c) for c in code], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")))
+    if output: nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=output)]
+    (house/"nbs"/"paper").mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, house/"nbs"/"paper"/f"{name}.ipynb")
+
+
+def build(house, monkeypatch):
+    "A library in which `used` is imported by nobody but the item `one`, through `api`; and the items one, and two for two data sets."
+    monkeypatch.setenv("SPARSEMAX_SAE_ROOT", str(house)); monkeypatch.setenv("SPARSEMAX_SAE_RUNS", str(house/"runs"))
+    library = house/"sparsemax_sae"
+    write(library/"__init__.py", ""); write(library/"api.py", "from .parts.used import x"); write(library/"free.py", "y = 1")
+    write(library/"parts"/"__init__.py", ""); write(library/"parts"/"used.py", '"A module."\nx = 1'); write(house/"data"/"published"/"table.csv", "a\n1\n")
+    notebook(house, "one", "from sparsemax_sae.api import x\nprint(preset, publish, x)", "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])")
+    line = "\n    papermill nbs/paper/two.ipynb runs/x.ipynb -p preset laptop -p dataset "
+    notebook(house, "two", "print(dataset)", head=f"# {{0}}\n\n> Twice.\n{line}docs{line}'other {{{{x}}}}'")
+    return house
+
+
+def snakemake(*args):
+    "(exit status, all that was printed)"
+    house = os.environ["SPARSEMAX_SAE_ROOT"]
+    done = subprocess.run([sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), *args], cwd=house, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+def printed(house, name, preset="laptop"):
+    nb = read_notebook(house/"runs"/"workflow"/preset/f"{name}.ipynb")
+    return "".join("".join(o.get("text", "")) for c in nb["cells"] for o in c.get("outputs", []))
+
+
+def stamps(house, preset="laptop"): return {json.loads(p.read_text())["item"]: (p.name, p.stat().st_mtime_ns) for p in (house/"runs"/"workflow"/preset).glob("*.json")}
+
+
+def reasons(preset="laptop"): return {item.name: why(item) for item in items(preset)}
+
+
+@needs_snakemake
+@pytest.mark.slow
+def test_the_life_of_a_workflow(tmp_path, monkeypatch):
+    house = build(tmp_path, monkeypatch)
+    notebook(house, "wrong", "print('so far')", "1/0")
+    assert set(reasons().items()) == {(name, "never run") for name in ("one", "two_docs", "two_other_x_", "wrong")}
+    status, text = snakemake("-c2")                                     # one of four fails: the others are done, and its notebook is kept
+    assert status != 0 and "open runs/workflow/laptop/wrong.ipynb" in text and "ZeroDivisionError: division by zero" in text, text
+    assert set(first := stamps(house)) == {"one", "two_docs", "two_other_x_"} == set(times().index) - {"total"}
+    assert printed(house, "one") == "laptop True 1\nthreads 1\n" and printed(house, "two_other_x_") == "other {x}\n"
+    assert "so far" in printed(house, "wrong") and "ZeroDivisionError" in (house/"runs"/"workflow"/"laptop"/"wrong.ipynb").read_text()
+    stamp = json.loads((house/"runs"/"workflow"/"laptop"/first["two_docs"][0]).read_text())
+    assert stamp["preset"] == "laptop" and stamp["seconds"] > 0 and stamp["finished"] and stamp["parameters"] == dict(preset="laptop", publish="True", dataset="docs")
+    assert reasons()["wrong"] == "failed" and times().seconds["total"] == sum(times().seconds[:-1])
+
+    notebook(house, "wrong", "print('mended')")                        # what changes nothing: dates, prose, outputs, comments, docstrings, other modules; and a lost record
+    notebook(house, "one", "from sparsemax_sae.api import x\nprint(preset, publish,   x)  # said", "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])", head=HEAD + "\n\nMore prose.", output="old")
+    write(house/"sparsemax_sae"/"parts"/"used.py", '"Another docstring."\nx = 1  # one'); write(house/"sparsemax_sae"/"free.py", "y = 2"); (house/"nbs"/"paper"/"two.ipynb").touch()
+    subprocess.run(["rm", "-r", str(house/".snakemake")], check=True)
+    status, text = snakemake("-c2")
+    second = stamps(house)
+    assert status == 0 and "wrong" in second and {k: second[k] for k in first} == first, text
+
+    write(house/"sparsemax_sae"/"parts"/"used.py", "x = 2")             # what does
+    notebook(house, "wrong", "print('mended again')")
+    assert reasons() == dict(one="library changed", two_docs="done", two_other_x_="done", wrong="notebook changed")
+    status, text = snakemake("-c2")
+    third = stamps(house)
+    assert status == 0 and {k for k in third if third[k] != second[k]} == {"one", "wrong"} and printed(house, "one").startswith("laptop True 2"), text
+    status, text = snakemake("-c2")
+    assert status == 0 and "Nothing to be done" in text and stamps(house) == third
+
+
+@needs_snakemake
+def test_the_graph_and_a_choice_of_items(tmp_path, monkeypatch):
+    build(tmp_path, monkeypatch)
+    status, text = snakemake("--dag", "--config", "items=two", "preset=gpu")
+    assert status == 0 and "digraph" in text and "two_docs" in text and '"one' not in text
+    with pytest.raises(ValueError, match="Did you mean 'two'"): items("gpu", ["tow"])
+
+
+@needs_snakemake
+def test_the_repository_lists_every_paper_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMAX_SAE_ROOT", str(root()))
+    done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "--directory", str(tmp_path), "--config", "preset=smoke"], cwd=root(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = items("smoke")
+    assert {i.notebook for i in found} == set((root()/"nbs"/"paper").glob("*.ipynb")) and len({i.name for i in found}) == len(found)
+    assert all(f"{i.name}, preset smoke: never run" in done.stdout + done.stderr for i in found)
+
+
+# ------------------------------------------------------------------ without snakemake
+
+def test_what_an_item_depends_on(tmp_path, monkeypatch):
+    house = build(tmp_path, monkeypatch)
+    digests = lambda preset="laptop": {i.name: i.digests for i in items(preset)}
+    changed = lambda before, after: {(n, k) for n in before for k in before[n] if before[n][k] != after[n][k]}
+    all_of = lambda what: {(n, what) for n in ("one", "two_docs", "two_other_x_")}
+    start = digests()
+    assert changed(start, digests("gpu")) == all_of("parameters")
+    write(house/"data"/"published"/"table.csv", "a\n2\n")
+    assert changed(start, digests()) == all_of("data")
+    write(house/"data"/"published"/"table.csv", "a\n1\n"); write(house/"data"/"results"/"one"/"laptop.csv", "a\n2\n")
+    assert digests() == start
+    write(house/"sparsemax_sae"/"parts"/"new.py", "z = 1")
+    assert digests() == start
+    write(house/"sparsemax_sae"/"api.py", 'from .parts.used import x\ndiscover("sparsemax_sae.parts")')                   # now a new module is a use
+    one = digests(); write(house/"sparsemax_sae"/"parts"/"newer.py", "z = 2")
+    assert changed(one, digests()) == {("one", "library")}
+
+
+@pytest.mark.parametrize("code", ["%time from sparsemax_sae.api import x", "from sparsemax_sae import api", "import sparsemax_sae.api", "def f():\n    import sparsemax_sae.api as a"])
+def test_ways_to_import(code, tmp_path, monkeypatch):
+    house = build(tmp_path, monkeypatch)
+    notebook(house, "one", code)
+    before = items()[0].digests["library"]
+    write(house/"sparsemax_sae"/"parts"/"used.py", "x = 3")
+    assert (items()[0].digests["library"] == before) == code.startswith("%")
+
+
+def test_smoke_does_not_publish_and_gpus_are_counted(tmp_path, monkeypatch):
+    build(tmp_path, monkeypatch)
+    assert {i.parameters["publish"] for i in items("smoke")} == {"False"} and {i.parameters["publish"] for p in ("laptop", "gpu", "paper") for i in items(p)} == {"True"}
+    assert [items(p)[0].gpus for p in ("smoke", "laptop", "gpu", "paper")] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("lines, message", [(["-p preset"], "what the workflow understands"), (["-y 1 2"], "what the workflow understands"), (["", ""], "same item")])
+def test_command_lines_that_are_wrong(lines, message, tmp_path, monkeypatch):
+    house = build(tmp_path, monkeypatch)
+    notebook(house, "two", "1", head="# {0}\n" + "".join(f"\n    papermill nbs/paper/two.ipynb out.ipynb {line}" for line in lines))
+    with pytest.raises(ValueError, match=message): items()
+
+
+def test_no_notebook(tmp_path, monkeypatch):
+    house = build(tmp_path, monkeypatch)
+    write(house/"nbs"/"paper"/"broken.ipynb", "{")
+    with pytest.raises(ValueError, match="broken.ipynb cannot be read as a notebook"): items()
+
+
+def test_the_module_needs_no_snakemake():
+    assert not {n for n in imported(tree_of(Path(workflow.__file__).read_text())) if n.startswith("snakemake")}
