@@ -55,7 +55,7 @@ def lab(runs, tmp_path_factory):
         path.write_text(json.dumps(content))
     for name, value in SETTINGS.items():
         (file := home/"settings"/name).parent.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(value))
-    own = dict(HOME=home, JUPYTER_CONFIG_DIR=home/"config", JUPYTER_DATA_DIR=home/"data", JUPYTER_RUNTIME_DIR=home/"runtime", IPYTHONDIR=home/"ipython", JUPYTERLAB_SETTINGS_DIR=home/"settings",
+    own = dict(JUPYTER_CONFIG_DIR=home/"config", JUPYTER_DATA_DIR=home/"data", JUPYTER_RUNTIME_DIR=home/"runtime", IPYTHONDIR=home/"ipython", JUPYTERLAB_SETTINGS_DIR=home/"settings",
                JUPYTERLAB_WORKSPACES_DIR=home/"workspaces", MPLCONFIGDIR=home/"mpl", SPARSEMAX_SAE_RUNS=runs, SPARSEMAX_SAE_ROOT=root(), OMP_NUM_THREADS=1, HF_HUB_OFFLINE=1)
     log = open(home/"log.txt", "w")
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", "--allow-root",
@@ -98,11 +98,11 @@ class Notebook:
     def __init__(self, page, address, name):
         self.page, self.name = page, name
         page.goto(f"{address}/lab/workspaces/{name}/tree/{name}.ipynb?reset")
-        page.locator(".jp-NotebookPanel .jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=60_000)
+        page.locator(".jp-NotebookPanel .jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
+        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=120_000)
         self.until(self.run_all)
         self.box = page.locator(".jp-OutputArea-output .widget-vbox").first
-        try: self.box.wait_for(timeout=60_000)
+        try: self.box.wait_for(timeout=120_000)
         except playwright.TimeoutError as e:
             self.keep(artefacts_folder(), "_failed")
             raise AssertionError(f"{name}: no widgets came; the page says {page.locator('.jp-NotebookPanel').first.inner_text()[-1500:]!r}") from e
@@ -116,9 +116,9 @@ class Notebook:
         self.page.wait_for_timeout(500)
         return any(p.strip("[]: ") for p in self.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts())
 
-    def idle(self): self.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(timeout=60_000)
+    def idle(self): self.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(timeout=120_000)
 
-    def until(self, probe, seconds=20):
+    def until(self, probe, seconds=60):
         "The value of `probe()` once it is true."
         for _ in range(seconds*20):
             if value := probe(): return value
@@ -126,16 +126,25 @@ class Notebook:
         self.keep(artefacts_folder(), "_failed")
         raise AssertionError(f"{self.name}: it never came; the page says {self.page.locator('.jp-NotebookPanel').first.inner_text()[-1500:]!r}")
 
+    def changed(self, before, i=-1):
+        "Whether the picture number `i` is another than `before`."
+        return (now := self.source(i)) is not None and now != before
+
     def fact(self, name):
         "The number in the table of the box below `name`."
-        cell = self.box.locator("td", has_text=name).first
+        cell = self.box.locator("td", has=self.page.get_by_text(name, exact=True)).first
         return cell.locator("b").inner_text() if cell.count() else None
 
     def source(self, i=-1):
         "What the picture number `i` of the box is."
         pictures = self.box.locator("img.widget-image")
-        return self.page.evaluate("""async (url) => { const b = new Uint8Array(await (await fetch(url)).arrayBuffer()); let h = 0; for (const x of b) h = (31*h + x) >>> 0; return b.length + ":" + h }""",
+        return self.page.evaluate("""async (url) => { try { const b = new Uint8Array(await (await fetch(url)).arrayBuffer()); let h = 0; for (const x of b) h = (31*h + x) >>> 0; return b.length + ":" + h } catch (e) { return null } }""",   # null: it has just been replaced
+                                 
                                   pictures.nth(i if i >= 0 else pictures.count() + i).get_attribute("src"))
+
+    def contexts(self):
+        "The texts below the table of the box."
+        return self.box.locator(".widget-html-content", has=self.page.locator("div > b")).last.inner_text()
 
     def number(self, label, value):
         "Type `value` into the number field `label`."
@@ -144,7 +153,7 @@ class Notebook:
 
     def slide(self, label, key, times=1):
         "Press `key` on the slider `label`."
-        handle = self.box.locator(".widget-hslider", has_text=label).locator(".noUi-handle")
+        handle = self.box.locator(".widget-hslider", has=self.page.get_by_text(label, exact=True)).locator(".noUi-handle")
         handle.focus()
         for _ in range(times): handle.press(key)
 
@@ -168,13 +177,10 @@ def open_notebook(browser, lab):
 
 def test_concepts(open_notebook, artefacts):
     n = open_notebook("concepts")
-    first = n.until(lambda: n.fact("concept"))
-    rank = lambda: n.box.locator("text=/rank \\d+ of/").first.inner_text()
-    shown = n.box.locator(".widget-html-content").nth(-2).inner_html()
+    first, shown = n.until(lambda: n.fact("concept")), n.contexts()
     n.slide("Rank", "ArrowRight", 3)
-    n.until(lambda: rank().startswith("rank 4 of"))
-    assert n.fact("concept") != first
-    n.until(lambda: n.box.locator(".widget-html-content").nth(-2).inner_html() != shown)
+    n.until(lambda: n.box.get_by_text(re.compile("^rank 4 of ")).count())
+    assert n.fact("concept") != first and n.contexts() != shown
     n.number("Concept", 9999)
     n.until(lambda: "there is no concept 9999: they are 0…255." in n.box.inner_text())
     n.keep(artefacts)
@@ -186,17 +192,17 @@ def test_concepts(open_notebook, artefacts):
 def test_images(open_notebook, artefacts):
     n = open_notebook("images")
     n.until(lambda: n.fact("token"))
-    photo, maps = n.source(0), n.source()
+    photo, maps = n.until(lambda: n.source(0)), n.until(n.source)
     buttons = n.box.locator(".widget-gridbox button")
     assert buttons.count() == 64
     buttons.nth(18).click()
     n.until(lambda: n.fact("token") == "patch in row 2, column 2")
-    n.until(lambda: n.source(0) != photo and n.source() != maps)
-    l0, options = int(n.fact("L0)")), n.box.locator("select option")
+    n.until(lambda: n.changed(photo, 0) and n.changed(maps))
+    l0, options = int(n.fact("its active concepts (L0)")), n.box.locator("select[size] option")
     n.until(lambda: options.count() == l0)
-    maps = n.source()
-    n.box.locator("select[multiple], select[size]").first.select_option(index=min(3, l0 - 1))
-    n.until(lambda: n.source() != maps)
+    maps = n.until(n.source)
+    n.box.locator("select[size]").first.select_option(index=min(3, l0 - 1))
+    n.until(lambda: n.changed(maps))
     n.keep(artefacts)
     n.box.get_by_role("button", name="CLS").click()
     n.until(lambda: n.fact("token") == "CLS token")
@@ -206,11 +212,11 @@ def test_images(open_notebook, artefacts):
 
 def test_sparsity(open_notebook, artefacts):
     n = open_notebook("sparsity")
-    l0 = lambda: int(n.until(lambda: n.fact("active concepts")).split()[0])
-    before, picture, scale = l0(), n.source(), n.fact("score scale")
+    l0 = lambda: int(n.until(lambda: n.fact("active concepts (L0)")).split()[0])
+    before, picture, scale = l0(), n.until(n.source), n.fact("score scale")
     n.slide("Score scale", "ArrowRight", 30)
     n.until(lambda: n.fact("score scale") == f"{float(scale)*10**.3:.4g}")
-    n.until(lambda: n.source() != picture)
+    n.until(lambda: n.changed(picture))
     assert l0() < before and float(n.fact("sum of the codes")) == pytest.approx(1, abs=2e-3)
     n.keep(artefacts)
     n.box.get_by_role("button", name="top-k").click()
@@ -231,12 +237,12 @@ def test_text(open_notebook, artefacts):
     at = next(i for i, t in enumerate(tokens.all_inner_texts()) if "return" in t)
     tokens.nth(at).click()
     n.until(lambda: (n.fact("token") or "").startswith(f"{at}: "))
-    options = n.box.locator("select option")
-    n.until(lambda: options.count() - n.box.locator(".widget-dropdown option").count() == int(n.fact("L0)")))
-    before = [colour(i) for i in range(tokens.count())]
-    n.box.locator("select[multiple], select[size]").first.select_option(index=0)
-    first = n.box.locator("select[size] option").first.inner_text().split(" · ")
-    n.until(lambda: n.fact("concept") == first[0] or n.box.locator("td b", has_text=re.compile(f"^{first[0]}$")).count())
-    n.until(lambda: n.fact("activation here") == first[1])
-    assert colour(at) != "rgb(255, 255, 255)" and isinstance(before, list)
+    options = n.box.locator("select[size] option")
+    n.until(lambda: options.count() == int(n.fact("its active concepts (L0)")))
+    label = options.nth(2).inner_text().replace("\xa0", " ").split(" · ")
+    n.box.locator("select[size]").first.select_option(index=2)
+    n.until(lambda: n.fact("concept") == label[0] and n.fact("its activation here") == label[1])
+    n.until(lambda: f"Where else {label[0]} fires most" in n.box.inner_text())
+    coloured = sum(colour(i) != "rgb(255, 255, 255)" for i in range(tokens.count()))
+    assert colour(at) != "rgb(255, 255, 255)" and n.fact("it fires on") == f"{coloured} of {tokens.count()} tokens"
     n.keep(artefacts)

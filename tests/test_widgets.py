@@ -62,7 +62,7 @@ def red(box): return "#d55e00" in box["message"].value
 def test_without_a_run_the_box_says_how_to_make_one(explorer, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEMAX_SAE_RUNS", str(tmp_path))
     box = explorer()
-    assert said(box).startswith("There is no finished run on ") and "papermill nbs/train.ipynb" in said(box) and len(box.children) == 1
+    assert said(box).startswith("There is no finished run on ") and "papermill nbs/train.ipynb" in said(box) and len(box.children) == 2
     assert str(tmp_path) not in Still(box).html and "papermill" in Still(box).html and repr(Still(box)) == "Still()"
     assert (explorer is text_explorer) or "-p dataset scenes" in said(box)
     assert (explorer is image_explorer) or "-p dataset docs" in said(box)
@@ -327,6 +327,13 @@ def test_texts_that_cannot_be_read(ids):
     assert "takes 1 to" in said(box) and red(box)
     box["passage"].value = box["passage"].options[3][1]
     assert not said(box) and box["text"].value == box["passage"].value
+
+
+def test_the_button_does_not_lose_the_chosen_token(ids):
+    box = text_explorer(ids["text"])
+    box["text"].value = "def mean(x):\n    return sum(x) / len(x)"
+    box["tokens"].buttons[3].click(); box["read"].click()
+    assert bold(box["facts"].value)[0].startswith("3: ")
 
 
 def test_two_explorers_on_a_page_do_not_share_styles(ids):

@@ -12,7 +12,7 @@ from sparsemax_sae import make_sae
 from sparsemax_sae.activations.source import make_source
 from sparsemax_sae.metrics.evaluate import MeanPredictor, ZeroPredictor, evaluate
 from sparsemax_sae.metrics.reconstruction import NotApplicable
-from sparsemax_sae.metrics.zero_shot import (Outcome, ZeroShotAccuracy, class_counts, concept_ranks, count_concepts, entry_ranks, keep_where, labelled_sources, splices, tally, top_concepts,
+from sparsemax_sae.metrics.zero_shot import (Outcome, ZeroShotAccuracy, ZeroShotFiring, class_counts, concept_ranks, count_concepts, entry_ranks, keep_where, labelled_sources, splices, tally, top_concepts,
                                              zero_shot, zero_shot_all, zero_shot_loop, zero_shot_table)
 from sparsemax_sae.ops.codes import Codes, Pattern, counts_to_offsets
 
@@ -345,3 +345,25 @@ def test_evaluate_on_the_mixture(scenes):
     assert 0 <= got["zs_on_10"] <= 1 and got["zs_on_50"] != got["zs_on_50"]
     assert list(labelled_sources(scenes)) == scenes.data.parts and len(scenes.data.parts) == 8
     assert isinstance(zero_shot_table({"sae": zero_shot(sae, scenes, n=(1,), n_count=4, n_test=4, data="counts")}), pd.DataFrame)
+
+
+@pytest.mark.parametrize("arch", ["topk", "sparsemax", "release"])
+def test_the_metric_that_counts_what_fires(arch):
+    "Threshold 0, the same numbers as `zero_shot` gives, under names of its own, only by name, and independent of the scale of the codes."
+    source, sae = Source(), ARCHS[arch]
+    got = ZeroShotFiring().measure(sae, source, 97)
+    expected = zero_shot(sae, source, n=(1, 5, 10), threshold=0, n_count=97, n_test=97)["toy"].accuracy()
+    assert list(got) == list(ZeroShotFiring.direction) and not ZeroShotFiring.default and not set(got) & set(ZeroShotAccuracy.direction)
+    assert {k.removeprefix("zs0_"): v for k, v in got.items() if v == v} == pytest.approx(expected.to_dict())
+    plain = ZeroShotAccuracy().measure(sae, source, 97)
+    assert plain["zs_no_sae"] == got["zs0_no_sae"] and plain["zs_on_all"] == got["zs0_on_all"]
+
+
+def test_the_scale_of_the_codes_does_not_matter_to_what_fires():
+    class Weak(Identity):
+        def encode(self, x): return Codes.from_dense(x/1000)
+        def decode(self, codes, like=None): return codes.to_dense()*1000
+    source = Source()
+    strong, weak = (ZeroShotFiring().measure(sae, source, 97) for sae in (Identity(), Weak()))
+    assert weak == pytest.approx(strong, nan_ok=True)
+    assert ZeroShotAccuracy().measure(Weak(), source, 97)["zs_on_5"] < weak["zs0_on_5"]

@@ -11,7 +11,7 @@ __all__ = ['COMMANDS', 'KEPT', 'ITEMS', 'ORDERS', 'Missing', 'kind_of', 'nothing
            'draw_sorted', 'draw_condition', 'draw_curve', 'sparsity_picture', 'sparsity_facts', 'Samples', 'samples',
            'held_out_texts', 'fire_facts', 'token_rows']
 
-# %% ../../nbs/explore/18_exhibits.ipynb #fcbb56a7
+# %% ../../nbs/explore/18_exhibits.ipynb #8999c012
 import html, io, json
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ from torch import Tensor
 from ..activations.source import Source, discover, find_source
 from ..basics.errors import did_you_mean
 from .concept_pictures import axes_at, canvas, faded, passages, printable, references, show, token_colors, token_table, views, write
-from .concepts import Concepts, heat_map, load_concepts, patch_box, pieces, run_concepts, top_concepts_of
+from .concepts import Concepts, concept_context, heat_map, load_concepts, patch_box, pieces, run_concepts, top_concepts_of
 from .plots import WIDTH, log_ticks
 from ..metrics.reconstruction import evaluating
 from ..ops.codes import Codes
@@ -245,7 +245,7 @@ def concept_picture(opened: Opened, concept: int, kind: str = "item", data: str 
     draw_references(fig, 0, opened.sae, opened.on(data), opened.concepts(data), concept, kind, n)
     return fig
 
-# %% ../../nbs/explore/18_exhibits.ipynb #9d8a02c3
+# %% ../../nbs/explore/18_exhibits.ipynb #a6ee3d32
 def shaded(pieces: Sequence[str], values: Sequence[float], largest: float | None = None, marked: int | None = None) -> str:
     "Pieces of text on one line as HTML, each on a colour for its activation, one of them `marked`."
     one = lambda i, p, v, c: (f'<span title="{v:.3g}" style="color:#111;background:rgb({c[0]*255:.0f},{c[1]*255:.0f},{c[2]*255:.0f})'
@@ -253,13 +253,13 @@ def shaded(pieces: Sequence[str], values: Sequence[float], largest: float | None
     inner = "".join(map(one, range(len(pieces)), pieces, values, token_colors(values, largest)))
     return f'<span style="font-family:monospace;font-size:12px;white-space:pre;background:#fff;padding:1px 3px">{inner}</span>'
 
-def context_rows(opened: Opened, concept: int, n: int = 8, width: int = 8) -> str:
+def context_rows(opened: Opened, concept: int, n: int = 8, width: int = 10) -> str:
     "The `n` strongest tokens of a `concept` of text in their contexts, as HTML. IndexError: no such concept."
     found = opened.concepts()
-    values = found.top(concept, "token", n).values.tolist()
-    if not values: return note(f"concept {concept} fired on none of the {found.facts['n_items']:,} sequences looked at")
-    rows = [f'<div style="overflow:hidden;line-height:1.65"><b style="font-variant-numeric:tabular-nums;font-size:12px;display:inline-block;width:52px">{v:.3f}</b>{shaded(*p, max(values))}</div>'
-            for v, p in zip(values, passages(opened.sae, opened.source, found, concept, n, width))]
+    contexts = concept_context(found, opened.source, concept, n, width)
+    if not contexts: return note(f"concept {concept} fired on none of the {found.facts['n_items']:,} sequences looked at")
+    line = '<div style="overflow:hidden;white-space:nowrap;line-height:1.75"><b style="font-variant-numeric:tabular-nums;font-size:12px;display:inline-block;width:52px">{:.3f}</b>{}</div>'
+    rows = [line.format(c.value, shaded(*p, contexts[0].value, c.at)) for c, p in zip(contexts, passages(opened.sae, opened.source, found, concept, n, width))]
     return "".join(rows)
 
 # %% ../../nbs/explore/18_exhibits.ipynb #2a5a311e
@@ -359,26 +359,27 @@ def l0_curve(batch: Scored, rule: str, points: int = 25) -> tuple[np.ndarray, li
     at, s = np.unique(np.geomspace(1, batch.dots.shape[1], points).round().astype(int)), batch.at(batch.trained)
     return at, [mean_l0(s, rule, int(k)) for k in at]
 
-# %% ../../nbs/explore/18_exhibits.ipynb #86fb550a
+# %% ../../nbs/explore/18_exhibits.ipynb #430cd2d2
 def draw_sorted(ax: Axes, s: np.ndarray, k: int, tau: float, rule: str) -> None:
     "The sorted scores `s` (R,), the first `k` of them above the threshold `tau` in colour."
     r, low = np.arange(1, len(s) + 1), s.min() - .06*(s.max() - s.min() + 1e-9)
     ax.vlines(r[k:], low, s[k:], color=".7", lw=1); ax.plot(r[k:], s[k:], "o", ms=2, color=".6")
     ax.vlines(r[:k], max(tau, low) if rule == "sparsemax" else low, s[:k], color="C0", lw=1.3); ax.plot(r[:k], s[:k], "o", ms=2.5, color="C0")
     ax.axhline(tau, color="C1", lw=1.3)
-    ax.annotate(f"τ = {tau:.3g}" if rule == "sparsemax" else f"k-th score, {tau:.3g}", (1, tau), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color="#a85c00")
+    ax.annotate(f"τ = {tau:.3g}" if rule == "sparsemax" else f"k-th score, {tau:.3g}", (1, tau), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color="#a85c00",
+                bbox=dict(fc="white", ec="none", alpha=.8, pad=.5))
     ax.set(xlabel="rank $r$", ylabel="score $s_{(r)}$", ylim=(low, None))
 
-def draw_condition(ax: Axes, s: np.ndarray, k: int, rule: str) -> None:
-    "What the sorted scores `s` (R,) have above the r-th, against 1; for top-k the share of the positive scores that is kept."
+def draw_condition(ax: Axes, s: np.ndarray, k: int, rule: str, total: float) -> None:
+    "What the sorted scores `s` (R,) have above the r-th, against 1; for top-k their share of the sum of all positive scores, `total`."
     r = np.arange(1, len(s) + 1)
-    y = s.cumsum() - r*s if rule == "sparsemax" else s.clip(0).cumsum()/max(s.clip(0).sum(), 1e-12)
+    y = s.cumsum() - r*s if rule == "sparsemax" else s.clip(0).cumsum()/max(total, 1e-12)
     ax.plot(r[:k], y[:k], "o-", ms=2, color="C0", lw=1.2); ax.plot(r[max(0, k - 1):], y[max(0, k - 1):], "-", color=".6", lw=1.2)
     if rule == "sparsemax": ax.axhline(1, color="C1", lw=1.2, ls="--"); ax.set_ylim(-.05, 2.2)
     else: ax.set_ylim(-.02, 1.05)
     ax.axvline(k + .5, color=".5", lw=.8, ls=":")
     ax.annotate(f"k = {k}", (k + .5, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=7.5)
-    ax.set(xlabel="rank $r$", ylabel="$\\sum_{i\\leq r}(s_{(i)}-s_{(r)})$, below 1?" if rule == "sparsemax" else "share of the shown positive scores")
+    ax.set(xlabel="rank $r$", ylabel="$\\sum_{i\\leq r}(s_{(i)}-s_{(r)})$, below 1?" if rule == "sparsemax" else "share of the positive scores")
 
 def draw_curve(ax: Axes, curve: tuple, at: float, l0: float, trained: float | None) -> None:
     "Mean L0 of a batch against scale or k, the current one marked, and the trained one where there is one."
@@ -388,7 +389,7 @@ def draw_curve(ax: Axes, curve: tuple, at: float, l0: float, trained: float | No
     ax.plot([at], [l0], "o", color="C1", ms=6, mec="white")
     ax.annotate(f"{l0:.1f}", (at, l0), xytext=(6, 4), textcoords="offset points", fontsize=8, color="#a85c00", weight="bold")
 
-# %% ../../nbs/explore/18_exhibits.ipynb #66636ee7
+# %% ../../nbs/explore/18_exhibits.ipynb #0d8b32e4
 def sparsity_picture(one: Scored, batch: Scored, curve: tuple, rule: str, at: float) -> Figure:
     "Sorted scores and threshold of `one` activation, the condition of proposition 1, and mean L0 of a `batch` with its `curve`; `at` is the scale, or k for top-k."
     s = one.at(at if rule == "sparsemax" else one.trained)[0]
@@ -397,7 +398,7 @@ def sparsity_picture(one: Scored, batch: Scored, curve: tuple, rule: str, at: fl
     first = s.sort(descending=True).values[:min(len(s), max(24, int(1.6*k) + 6))].cpu().numpy()
     fig = canvas(2.35)
     axes = [axes_at(fig, left, .2, 1.42, 1.65) for left in (.5, 2.55, 4.52)]
-    draw_sorted(axes[0], first, k, float(tau), rule); draw_condition(axes[1], first, k, rule)
+    draw_sorted(axes[0], first, k, float(tau), rule); draw_condition(axes[1], first, k, rule, float(s.clamp(min=0).sum()))
     draw_curve(axes[2], curve, at, mean_l0(batch.at(at if rule == "sparsemax" else batch.trained), rule, int(at)), batch.trained if rule == "sparsemax" else None)
     axes[2].set(xlabel="score scale" if rule == "sparsemax" else "k", ylabel=f"mean L0 of {len(batch.dots)} activations")
     for ax in axes: ax.tick_params(labelsize=6.5, pad=1); ax.xaxis.label.set_size(7.5); ax.yaxis.label.set_size(7.5); ax.yaxis.labelpad = 2

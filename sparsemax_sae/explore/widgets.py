@@ -23,12 +23,13 @@ from .concepts import entries_of, image_concepts, patch_box, text_concepts
 from .exhibits import (ORDERS, Missing, Opened, Scored, activation_of, active_options, check_concept, concept_facts, concept_picture, context_rows, data_url, fire_facts, framed,
                                             held_out_texts, image_picture, l0_curve, note, open_for, png, problem, ranked, samples, scored, shaded, sparsity_facts, sparsity_picture, telling, token_facts, token_rows)
 
-# %% ../../nbs/explore/20_widgets.ipynb #f8df9277
+# %% ../../nbs/explore/20_widgets.ipynb #69389c84
 class Explorer(ui.VBox):
     "A box of named parts: `explorer[\"concept\"]` is the control of that name, `explorer[\"message\"]` the line for messages."
     def __init__(self, rows: Iterable, **parts):
         self.parts, self.busy = dict(message=ui.HTML(), **parts), False
-        super().__init__([*rows, self["message"]], layout=ui.Layout(width="100%", max_width="860px", padding="2px"))
+        first, *rest = [*rows] or [ui.HTML()]
+        super().__init__([first, self["message"], *rest], layout=ui.Layout(width="100%", max_width="860px", padding="2px"))
 
     def __getitem__(self, name: str): return self.parts[name]
     def say(self, text: str) -> None: self["message"].value = note(text)
@@ -74,17 +75,18 @@ def explorer_of(*kinds: str) -> Callable:
         return explorer
     return of
 
-# %% ../../nbs/explore/20_widgets.ipynb #01df0928
+# %% ../../nbs/explore/20_widgets.ipynb #0ff9e4db
 def still_html(w) -> str:
     "What the widget `w` shows, as HTML: pictures, texts, and the values of controls; boxes as they are arranged."
     if hasattr(w, "still"): return w.still()
+    if getattr(getattr(w, "layout", None), "display", None) == "none" or isinstance(w, (ui.Button, ui.Textarea)): return ""
     if isinstance(w, ui.Image): return f'<img src="{data_url(w.value)}" style="width:{w.layout.width or "auto"};max-width:100%">' if w.value else ""
     if isinstance(w, ui.HTML): return "" if w.value.startswith("<style") else w.value
     if isinstance(w, ui.Box):
         inner = "".join(f"<div>{h}</div>" for h in map(still_html, w.children) if h)
         return f'<div style="display:flex;flex-wrap:wrap;gap:2px 18px;align-items:flex-start">{inner}</div>' if isinstance(w, ui.HBox) and inner else inner
     value = getattr(w, "label", None) or getattr(w, "value", None)
-    if isinstance(w, ui.Button) or value is None: return ""
+    if value is None: return ""
     return f'{html.escape(w.description)} <b>{html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))}</b>'
 
 class Still:
@@ -93,7 +95,7 @@ class Still:
     def _repr_html_(self) -> str: return self.html
     def __repr__(self) -> str: return "Still()"
 
-# %% ../../nbs/explore/20_widgets.ipynb #63d4852f
+# %% ../../nbs/explore/20_widgets.ipynb #556ba471
 def labelled(make: type, description: str, width: str = "260px", label: str | None = None, **options):
     "A control with a short `description` of its own width before it."
     return make(description=description, layout=ui.Layout(width=width, margin="1px 8px 1px 0"), style=dict(description_width=label or f"{max(40, 8*len(description))}px"), **options)
@@ -102,25 +104,32 @@ def button(text: str, tip: str, width: str = "36px") -> ui.Button:
     "A small button with a tip."
     return ui.Button(description=text, tooltip=tip, layout=ui.Layout(width=width, margin="1px 2px 1px 0"))
 
-def row(*parts) -> ui.HBox: return ui.HBox(parts, layout=ui.Layout(flex_flow="row wrap", align_items="center"))
+def row(*parts) -> ui.HBox:
+    "Parts side by side, in further lines where the window is narrow."
+    return ui.HBox(parts, layout=ui.Layout(flex_flow="row wrap", align_items="center"))
 
-def heading(opened: Opened) -> ui.HTML: return ui.HTML(f'<span style="opacity:.75;font-size:12px">{html.escape(str(opened))}</span>')
+def heading(opened: Opened) -> ui.HTML:
+    "What is open, in one line."
+    return ui.HTML(f'<span style="opacity:.75;font-size:12px">{html.escape(str(opened))}</span>')
 
-def picture(width: str = "100%") -> ui.Image: return ui.Image(format="png", layout=ui.Layout(width=width, max_width="100%", object_fit="contain"))
+def picture(width: str = "100%") -> ui.Image:
+    "An empty picture."
+    return ui.Image(format="png", layout=ui.Layout(width=width, max_width="100%", object_fit="contain"))
 
 def step(control, by: int) -> None:
     "Move a slider or a number by `by`, within its bounds."
     control.value = min(max(control.value + by, getattr(control, "min", 0)), getattr(control, "max", control.value + abs(by)))
 
-# %% ../../nbs/explore/20_widgets.ipynb #9be32d63
+# %% ../../nbs/explore/20_widgets.ipynb #25af97bf
 LISTS = {"item": "whole image (strongest token)", "cls": "CLS token", "patch": "single patch", "token": "any token"}
 
 def show_concept(box: Explorer, opened: Opened) -> None:
     "Show the concept that the controls of `box` name."
     data, concept = box["data"].value, box["concept"].value
-    box["facts"].value = concept_facts(opened.concepts(data), concept)
+    told = concept_facts(opened.concepts(data), concept)   # IndexError before anything changes
     if opened.kind == "images": box["picture"].value = png(concept_picture(opened, concept, box["list"].value, data))
     else: box["contexts"].value = context_rows(opened, concept)
+    box["facts"].value = told
     order = box.order
     if concept in order: box["rank"].value = order.index(concept) + 1
     box["place"].value = f"<span style='opacity:.7'>rank {order.index(concept) + 1:,} of {len(order):,}</span>" if concept in order else "<span style='opacity:.7'>not among the ranked ones</span>"
@@ -147,7 +156,7 @@ def choose_data(box: Explorer, opened: Opened) -> None:
     rank_concepts(box, opened)
     box.say("")
 
-# %% ../../nbs/explore/20_widgets.ipynb #3c22fd2c
+# %% ../../nbs/explore/20_widgets.ipynb #47d57a66
 @explorer_of("images", "text")
 def concept_explorer(opened: Opened, say: Callable) -> Explorer:
     "Browse the concepts of the run `run` (folder or id; empty: the newest that fits), by number, by rank or by class. Without a run, a box that says how to make one."
@@ -158,7 +167,6 @@ def concept_explorer(opened: Opened, say: Callable) -> Explorer:
              concept=labelled(ui.IntText, "Concept", "150px"), rank=labelled(ui.IntSlider, "Rank", "400px", value=1, min=1, max=2, readout=False, continuous_update=False),
              back=button("‹", "previous rank"), next=button("›", "next rank"), place=ui.HTML(), facts=ui.HTML(), picture=picture(), contexts=ui.HTML())
     p |= {"class": labelled(ui.Dropdown, "Class", "220px", options=[("all", None)]), "list": labelled(ui.Dropdown, "Images by", "300px", options=lists)}
-    p["class"].label_of = None
     controls = [row(p["data"], p["class"], p["order"]), row(p["list"])] if pictures else [row(p["order"])]
     box = Explorer([heading(opened), *controls, row(p["concept"], p["rank"], p["back"], p["next"], p["place"]), p["facts"], p["picture"] if pictures else p["contexts"]], **p)
     box.on("data", lambda: choose_data(box, opened)); box.on("class order", lambda: rank_concepts(box, opened))
@@ -201,7 +209,7 @@ def show_fire(box: Explorer, opened: Opened) -> None:
     "Show where the concept chosen in `box` fires."
     box["picture"].value = png(image_picture(opened, box.view, box.codes, box["token"].value, box["concept"].value))
 
-# %% ../../nbs/explore/20_widgets.ipynb #3ca3e2ac
+# %% ../../nbs/explore/20_widgets.ipynb #d6a53d8b
 @explorer_of("images")
 def image_explorer(opened: Opened, say: Callable) -> Explorer:
     "Click on the patches of an image and see their concepts, for the run `run` (folder or id; empty: the newest on images). Without a run, a box that says how to make one."
@@ -211,7 +219,7 @@ def image_explorer(opened: Opened, say: Callable) -> Explorer:
     p = dict(image=labelled(ui.IntText, "Test image", "180px", value=first), back=button("‹", "previous image"), next=button("›", "next image"),
              token=labelled(ui.IntSlider, "Token (0 is CLS)" if source.n_tokens > source.grid[0]*source.grid[1] else "Token", "430px", max=source.n_tokens - 1, continuous_update=False),
              cls=button("CLS", "the CLS token, which stands for the whole image", "60px"), photo=ui.Image(format="png"), facts=ui.HTML(),
-             concept=ui.Select(rows=13, layout=ui.Layout(width="320px", margin="0")), picture=picture())
+             concept=ui.Select(layout=ui.Layout(width="330px", height="292px", margin="0")), picture=picture())
     skip = source.n_tokens - source.grid[0]*source.grid[1]
     def click(r, c): box.attempt(lambda: (setattr(p["token"], "value", skip + r*source.grid[1] + c), show_token(box, opened)))
     photo = clickable(p["photo"], source.grid, size, click) if source.n_tokens > 1 else p["photo"]
@@ -225,15 +233,15 @@ def image_explorer(opened: Opened, say: Callable) -> Explorer:
     box.attempt(lambda: load_image(box, opened))
     return box
 
-# %% ../../nbs/explore/20_widgets.ipynb #08418836
+# %% ../../nbs/explore/20_widgets.ipynb #2a0ddbbb
 def show_sparsity(box: Explorer) -> None:
     "Show what scale or k, item and token chosen in `box` make."
     item, token, rule = box["item"].value, box["token"].value, box["rule"].value
     one, at = Scored(box.scores.dots.view(*box.samples.x.shape[:2], -1)[item, token][None], box.scores.bias, box.scores.trained), box["scale" if rule == "sparsemax" else "k"].value
     box["scale"].layout.display, box["k"].layout.display = ("flex", "none") if rule == "sparsemax" else ("none", "flex")
     if rule not in box.curves: box.curves[rule] = l0_curve(box.batch, rule)
-    box["which"].value, box["facts"].value = box.samples.describe(item, token), sparsity_facts(one, box.batch, rule, at)
     box["picture"].value = png(sparsity_picture(one, box.batch, box.curves[rule], rule, at))
+    box["which"].value, box["facts"].value = box.samples.describe(item, token), sparsity_facts(one, box.batch, rule, at)
 
 @explorer_of("images", "text", "activations")
 def sparsity_explorer(opened: Opened, say: Callable) -> Explorer:
@@ -242,9 +250,9 @@ def sparsity_explorer(opened: Opened, say: Callable) -> Explorer:
     scores = scored(opened.sae, found.x.flatten(0, 1))
     batch = Scored(scores.dots[::max(1, len(scores.dots)//256)][:256], scores.bias, scores.trained)
     middle, M = float(np.log10(scores.trained)), opened.sae.d_sae
-    p = dict(rule=ui.ToggleButtons(options=["sparsemax", "top-k"], value="top-k" if own["name"] == "topk" else "sparsemax", style=dict(button_width="90px")),
-             scale=labelled(ui.FloatLogSlider, "Score scale", "460px", value=scores.trained, min=middle - 1.477, max=middle + 1.477, step=.01, readout_format=".3g"),
-             k=labelled(ui.IntSlider, "k", "460px", value=min(M, own.get("k", 32)), min=1, max=min(M, 256)), reset=button("as trained", "back to the trained scale or k", "90px"),
+    p = dict(rule=ui.ToggleButtons(options=["sparsemax", "top-k"], value="top-k" if own["name"] == "topk" else "sparsemax", style=dict(button_width="110px")),
+             scale=labelled(ui.FloatLogSlider, "Score scale", "430px", value=scores.trained, min=middle - 1.477, max=middle + 1.477, step=.01, readout_format=".3g"),
+             k=labelled(ui.IntSlider, "k", "430px", value=min(M, own.get("k", 32)), min=1, max=min(M, 256)), reset=button("as trained", "back to the trained scale or k", "90px"),
              item=labelled(ui.IntSlider, {"images": "Image", "text": "Passage"}.get(opened.kind, "Activation"), "260px", max=len(found.x) - 1),
              token=labelled(ui.IntSlider, "Token", "400px", max=found.x.shape[1] - 1, value=found.x.shape[1]//2), which=ui.HTML(), facts=ui.HTML(), picture=picture())
     if found.x.shape[1] == 1: p["token"].layout.display = "none"
@@ -256,7 +264,7 @@ def sparsity_explorer(opened: Opened, say: Callable) -> Explorer:
     box.attempt(lambda: show_sparsity(box))
     return box
 
-# %% ../../nbs/explore/20_widgets.ipynb #8dec6caa
+# %% ../../nbs/explore/20_widgets.ipynb #58c7ef51
 _numbers = count(1)
 
 def token_style(name: str, places: Sequence[int], values: Sequence[float], token: int) -> str:
@@ -264,7 +272,7 @@ def token_style(name: str, places: Sequence[int], values: Sequence[float], token
     base = (f".{name}>button{{font-family:monospace;font-size:12px;white-space:pre;line-height:19px;height:20px;padding:0 .5px;margin:1px 0;min-width:8px;color:#111;background:#fff;box-shadow:none;border:0;overflow:visible}}"
             f".{name}>button:hover{{outline:1px solid #0173b2;z-index:1}}")
     rules = [f".{name}>:nth-child({p + 1}){{background:rgb({c[0]*255:.0f},{c[1]*255:.0f},{c[2]*255:.0f})}}" for p, v, c in zip(places, values, token_colors(values)) if v > 0]
-    return f"<style>{base}{''.join(rules)}.{name}>:nth-child({places[token] + 1}){{outline:2px solid #d55e00;z-index:1}}</style>"
+    return f"<style>{base}{''.join(rules)}.{name}>:nth-child({places[token] + 1}){{outline:2px solid #d55e00!important;z-index:1}}</style>"
 
 def visible(piece: str) -> str:
     "A piece of text as the label of a button: spaces that do not collapse, and a sign for a piece without a character."
@@ -301,7 +309,7 @@ class Tokens(ui.VBox):
 
     def still(self) -> str: return f'<div style="background:#fff;padding:6px;line-height:1.7">{shaded(self.pieces, self.values, None, self.token).replace("white-space:pre", "white-space:pre-wrap")}</div>' if self.pieces else ""
 
-# %% ../../nbs/explore/20_widgets.ipynb #f4e2ef29
+# %% ../../nbs/explore/20_widgets.ipynb #e20026d5
 def read_text(box: Explorer, opened: Opened) -> None:
     "Read the text in `box`, and choose its strongest telling token. ValueError: no text, or too much."
     if not box["text"].value.strip(): raise ValueError("There is no text to read: write one, or choose a held-out passage.")
@@ -310,7 +318,7 @@ def read_text(box: Explorer, opened: Opened) -> None:
     e, common = entries_of(box.codes.view(1, len(words))), torch.from_numpy(opened.concepts().stats.density.to_numpy() > .3)
     v = torch.where(common[e.concepts.cpu()] | (e.positions.cpu() == 0), -1., e.values.cpu())
     box.token = int(e.positions[v.argmax()]) if len(v) else 0
-    box["table"].value = token_rows(words, box.codes)
+    box["table"].value, box.last = token_rows(words, box.codes), box["text"].value
     choose_token(box, opened)
 
 def choose_token(box: Explorer, opened: Opened) -> None:
@@ -326,12 +334,12 @@ def color_text(box: Explorer, opened: Opened, concept: int | None) -> None:
     if concept is not None: check_concept(concept, opened.concepts())
     box["facts"].value = fire_facts(box["tokens"].pieces, box.codes, box.token, concept, opened.concepts())
     box["tokens"].color([0.]*len(box.codes) if concept is None else activation_of(box.codes, concept).tolist(), box.token)
-    box["contexts"].value = "" if concept is None else f"<b>Where else {concept} fires most</b>" + context_rows(opened, concept, 5)
+    box["contexts"].value = "" if concept is None else f"<b>Where else {concept} fires most</b>" + context_rows(opened, concept, 5, 7)
     options = [c for _, c in box["concept"].options]
     box["number"].value = -1 if concept is None else concept
     if concept in options: box["concept"].value = concept
 
-# %% ../../nbs/explore/20_widgets.ipynb #95f640e4
+# %% ../../nbs/explore/20_widgets.ipynb #0df07bb2
 @explorer_of("text")
 def text_explorer(opened: Opened, say: Callable) -> Explorer:
     "Read a text with the concepts of the run `run` (folder or id; empty: the newest on text): click a token, choose a concept. Without a run, a box that says how to make one."
@@ -340,13 +348,15 @@ def text_explorer(opened: Opened, say: Callable) -> Explorer:
     names = [(f"{i + 1}: {' '.join(s.split())[:48]} …", s) for i, s in enumerate(texts)]
     p = dict(passage=labelled(ui.Dropdown, "Held-out passage", "560px", options=names), number=labelled(ui.IntText, "Concept", "150px"),
              text=ui.Textarea(value=texts[0], rows=3, continuous_update=False, layout=ui.Layout(width="100%"), placeholder="Write or paste a text, then press Read"), read=button("Read", "read the text in the box", "80px"),
-             concept=ui.Select(rows=9, layout=ui.Layout(width="300px", margin="0")), facts=ui.HTML(), contexts=ui.HTML(), table=ui.HTML())
+             concept=ui.Select(rows=8, layout=ui.Layout(width="300px", margin="0")), facts=ui.HTML(), contexts=ui.HTML(), table=ui.HTML())
     def click(token): box.attempt(lambda: (setattr(box, "token", token), choose_token(box, opened)))
     p["tokens"], more = Tokens(click), ui.Accordion([p["table"]], titles=["The strongest concepts of every token"])
-    chosen = ui.VBox([ui.HTML("<b>Concepts of the token</b> <span style='opacity:.7'>number · activation · how common</span>"), p["concept"]], layout=ui.Layout(min_width="312px"))
+    chosen = ui.VBox([ui.HTML("<b>Concepts of the token</b> <span style='opacity:.7'>and activations</span>"), p["concept"]], layout=ui.Layout(min_width="318px"))
     box = Explorer([heading(opened), row(p["passage"], p["read"], p["number"]), p["text"], p["tokens"], p["facts"],
                     ui.HBox([chosen, ui.VBox([p["contexts"]], layout=ui.Layout(overflow="hidden"))]), more], **p)
     box.on("passage", lambda: (setattr(p["text"], "value", p["passage"].value), read_text(box, opened)))
-    box.on("text read", lambda: read_text(box, opened)); box.on("concept", lambda: color_text(box, opened, p["concept"].value)); box.on("number", lambda: color_text(box, opened, p["number"].value))
+    box.on("text", lambda: read_text(box, opened)); box.on("read", lambda: box.last != p["text"].value and read_text(box, opened))
+    box.on("concept", lambda: color_text(box, opened, p["concept"].value)); box.on("number", lambda: color_text(box, opened, p["number"].value))
+    box.last = None
     box.attempt(lambda: read_text(box, opened))
     return box

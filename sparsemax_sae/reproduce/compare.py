@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'BETTER', 'in_their_terms', 'over_seeds', 'Comparison', 'union', 'compare', 'goodness', 'best_rows',
-           'number', 'marks', 'label', 'in_blocks', 'draw_panel', 'Claim', 'Verdict', 'rivals', 'judge', 'claims',
-           'claims_of', 'span']
+           'number', 'marks', 'label', 'in_blocks', 'stretched', 'draw_panel', 'Claim', 'Verdict', 'rivals', 'judge',
+           'claims', 'claims_of', 'span']
 
-# %% ../../nbs/reproduce/20_compare.ipynb #c3374d04
+# %% ../../nbs/reproduce/20_compare.ipynb #0c7cbfa1
 import html
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from fastcore.basics import patch
 from ..explore.plots import style
 from ..metrics.reconstruction import DIRECTIONS
@@ -134,30 +134,37 @@ def table(self: Comparison) -> pd.DataFrame:
     long = [t.rename_axis("row").melt(ignore_index=False, value_name=k).set_index(names, append=True) for k, t in parts.items()]
     return pd.concat(long, axis=1).dropna(subset=["published", "ours"], how="all")
 
-# %% ../../nbs/reproduce/20_compare.ipynb #3174684a
-def draw_panel(ax, c: Comparison, column: tuple, rows: list[str]) -> None:
+# %% ../../nbs/reproduce/20_compare.ipynb #95dbc3dc
+def stretched(c: Comparison) -> set[str]:
+    "The numbers whose values differ by more than a factor of thirty and are all positive: those to draw on a logarithmic axis."
+    both = pd.concat([c.theirs, c.ours])
+    both = {k: v[~np.isnan(v)] for k in c.item.values if (v := both[[x for x in both.columns if x[-1] == k]].to_numpy(float)).size}
+    return {k for k, v in both.items() if len(v) and (v > 0).all() and v.max() > 30*v.min()}
+
+def draw_panel(ax, c: Comparison, column: tuple, rows: list[str], log: bool, title: str) -> None:
     "One column of a comparison."
     y, theirs, ours, spread = np.arange(len(rows)), *(t.loc[rows, column].to_numpy(float) for t in (c.theirs, c.ours, c.spread))
-    ax.hlines(y, *np.nan_to_num(np.sort([theirs, ours], axis=0), nan=np.nan), color=".8", lw=1, zorder=0)
-    ax.plot(theirs, y, "o", mfc="none", mec="C1", label="published")
+    ax.hlines(y, *np.sort([theirs, ours], axis=0), color=".8", lw=1, zorder=0)
+    ax.plot(theirs, y, "o", mfc="none", mec="C1", ms=5, label="published")
     ax.errorbar(ours, y, xerr=np.nan_to_num(spread), fmt="o", color="C0", ms=4, lw=1, label="ours")
-    seen = np.concatenate([theirs, ours]); seen = seen[~np.isnan(seen)]
-    if len(seen) and (seen > 0).all() and seen.max() > 30*seen.min(): ax.set_xscale("log"); ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_title(f"{label(column, c.ours.columns.names)} {DIRECTIONS[c.direction(column)]}", fontsize=8)
-    ax.set_yticks(y, rows, fontsize=8); ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=.3); ax.margins(x=.08)
+    if log: ax.set_xscale("log"); ax.xaxis.set_minor_formatter(NullFormatter())
+    else: ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.set_title(title, fontsize=8); ax.set_yticks(y, rows, fontsize=8); ax.tick_params(axis="x", labelsize=7); ax.margins(x=.08)
 
 @patch
 def plot(self: Comparison, columns: list[tuple] | None = None, per_row: int = 4) -> Figure:
     "A panel for each of `columns` (by default all), `per_row` beside each other: published as rings, ours as dots."
-    columns, rows = list(columns or self.ours.columns), list(self.ours.index)[::-1]
-    wide_, high = min(per_row, len(columns)), -(-len(columns)//per_row)
+    columns, rows, names = list(columns or self.ours.columns), list(self.ours.index)[::-1], self.ours.columns.names
+    across, down, log = min(per_row, len(columns)), -(-len(columns)//per_row), stretched(self)
+    one = len({c[-1] for c in columns}) == 1 and len(names) > 1   # the number is said once, below
     style()
-    fig, axes = plt.subplots(high, wide_, sharey=True, squeeze=False, figsize=(1.2 + 1.9*wide_, .5 + high*(.55 + .2*len(rows))), layout="constrained")
+    fig, axes = plt.subplots(down, across, sharey=True, squeeze=False, figsize=(1.2 + 1.9*across, .6 + down*(.55 + .2*len(rows))), layout="constrained")
     plt.close(fig)
-    axes = axes.flatten()
-    for ax, c in zip(axes, columns): draw_panel(ax, self, c, rows)
-    for ax in axes[len(columns):]: ax.set_visible(False)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    for ax, c in zip(axes.flatten(), columns):
+        draw_panel(ax, self, c, rows, c[-1] in log, label(c[:-1], names) if one else f"{label(c, names)} {DIRECTIONS[self.direction(c)]}")
+    for ax in axes.flatten()[len(columns):]: ax.set_visible(False)
+    if one: fig.supxlabel(f"{columns[0][-1]} {DIRECTIONS[self.direction(columns[0])]}", fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
     return fig
 
 # %% ../../nbs/reproduce/20_compare.ipynb #4a7b7379
@@ -195,7 +202,7 @@ def judge(table: pd.DataFrame, spread: pd.DataFrame, directions: Mapping, claim:
         if gaps: held.append(all(g > 0 for g, _ in gaps)); close += any(abs(g) < w for g, w in gaps)
     return Verdict(sum(held), len(held), close)
 
-# %% ../../nbs/reproduce/20_compare.ipynb #6406f553
+# %% ../../nbs/reproduce/20_compare.ipynb #b300ebc2
 def claims(c: Comparison, *made: Claim, forms: Mapping[str, tuple[str, str]] = {"ours, released form": ("sparsemax", "sparsemax_release")}) -> pd.DataFrame:
     """A row for each of the statements `made`: what the published numbers say of it, ours, and ours with one row in place of another, as `forms` {column: (row, other)} has it.
 
@@ -204,7 +211,8 @@ def claims(c: Comparison, *made: Claim, forms: Mapping[str, tuple[str, str]] = {
     rows = []
     for m in made:
         m = m._replace(than=m.than or tuple(r for r in c.theirs.index[c.theirs.notna().any(axis=1)] if r != m.who))
-        row = dict(claim=m.text, published=str(judge(c.theirs, nothing, directions, m)), ours=str(judge(c.ours, c.spread, directions, m)))
+        printed = judge(c.theirs, nothing, directions, m)
+        row = dict(claim=m.text, published=str(printed) if printed.total else "not given", ours=str(judge(c.ours, c.spread, directions, m)))
         for name, (old, new) in forms.items():
             swapped = m._replace(who=new if m.who == old else m.who, than=tuple(new if t == old else t for t in m.than))
             row[name] = str(judge(c.ours, c.spread, directions, swapped)) if swapped != m else row["ours"]

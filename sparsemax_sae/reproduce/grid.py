@@ -110,7 +110,7 @@ class GridBar:
     def update(self) -> None: self.bar.update(self.weight)
     def set_postfix(self, **numbers) -> None: self.bar.set_postfix(**numbers)
 
-# %% ../../nbs/reproduce/30_grid.ipynb #09884596
+# %% ../../nbs/reproduce/30_grid.ipynb #9d348a00
 @dataclass
 class Fits:
     "A trained grid: `grid`, `sources`, `cells`, and `failed` {name of a cell: why it has no run}."
@@ -127,7 +127,9 @@ class Fits:
     def caption(self) -> str:
         "Preset, steps, seeds, commits and devices, in one line."
         return caption(self.grid.preset, self.runs)
-    def __repr__(self) -> str: return f"{len(self.runs)} runs ({', '.join(self.grid.archs)}); {len(self.failed)} failed; {self.caption}"
+    def __repr__(self) -> str:
+        names = list(self.grid.archs)
+        return f"{len(self.runs)} runs ({', '.join(names[:7])}{f', … {len(names)} in all' if len(names) > 7 else ''}); {len(self.failed)} failed; {self.caption}"
 
     def saes(self, seed: int | None = None, width: int | None = None, dataset: str | None = None) -> dict[str, object]:
         "{row: trained SAE} of one seed, width and data set, by default the first of each."

@@ -121,15 +121,16 @@ def match_l0(config: RunConfig, target: float, source: Source, start: float | No
         tried.append(try_value(config, value, source, n, progress))
     return tried
 
-# %% ../../nbs/reproduce/35_matching.ipynb #7f91cbb9
+# %% ../../nbs/reproduce/35_matching.ipynb #887a7405
 def contender_config(name: str, options: Mapping, preset: str = "", **base) -> RunConfig:
     """The configuration of the contender `name` on common settings `base`: `options` are those of its recipe, or of the recipe `arch` among them.
 
     Fields of the configuration, such as lr, may stand among them. Errors of `make_config`."""
-    hyper, options = {f.name for f in fields(RunConfig)} - {"normalize"}, dict(options)
+    options = dict(options)
     arch = options.pop("arch", name)
-    own = "normalize" in look_up(RECIPES, arch, "architecture").hyper
-    settings = {k: v for k, v in base.items() if not (own and k == "normalize")} | {k: options.pop(k) for k in hyper & set(options)}
+    own = {"normalize"} if "normalize" in look_up(RECIPES, arch, "architecture").hyper else set()
+    known = {f.name for f in fields(RunConfig)} - own
+    settings = {k: v for k, v in base.items() if k not in own} | {k: options.pop(k) for k in known & set(options)}
     return make_config(arch, preset, options=options, **settings)
 
 # %% ../../nbs/reproduce/35_matching.ipynb #a417af52

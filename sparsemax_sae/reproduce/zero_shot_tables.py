@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['ELEVEN', 'COUNTED', 'pictures', 'judged_on', 'judged_in', 'at_threshold', 'mean_of', 'mean_over', 'compare_zero_shot',
-           'with_threshold', 'image_zero_fraction', 'panels', 'plot_zero_shot', 'in_common', 'shared_references']
+           'with_threshold', 'image_zero_fraction', 'panels', 'draw_lines', 'plot_zero_shot', 'in_common',
+           'shared_references']
 
-# %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #08b6b045
+# %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #8c47d8c5
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
+import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..explore.concept_pictures import rare
+from ..explore.adaptivity import looks
+from ..explore.plots import style
 from ..metrics.monosemanticity import per_image
 from ..metrics.reconstruction import evaluating
 from ..metrics.zero_shot import labelled_sources
@@ -27,14 +31,15 @@ def pictures(preset: str = "", dataset: str = "") -> str:
     "What autoencoders on pictures learn from: `dataset` if given, else imagenet-1k in the presets gpu and paper, and scenes in the others."
     return dataset or ("imagenet-1k" if (preset or default_preset()) in ("gpu", "paper") else "scenes")
 
-# %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #47ee2a6b
+# %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #0ea13f9e
 ELEVEN = ("imagenet-1k", "caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101", "fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101")   # of the paper, §4.1
 
-def judged_on(source, names: Iterable[str] = ()) -> dict:
+def judged_on(source, names: Iterable[str] = (), preset: str = "") -> dict:
     """{name: source} of the labelled sets to classify: `names`; if there are none, those that belong to the pictures of `source`, or the paper's eleven for imagenet-1k.
 
-    Errors of `metrics.zero_shot.labelled_sources`."""
-    return labelled_sources(source, list(names) or (list(ELEVEN) if source.data.name == "imagenet-1k" else None))
+    In preset smoke the first two. Errors of `metrics.zero_shot.labelled_sources`."""
+    found = labelled_sources(source, list(names) or (list(ELEVEN) if source.data.name == "imagenet-1k" else None))
+    return dict(list(found.items())[:2]) if preset == "smoke" else found
 
 def judged_in(preset: str, names: Iterable[str]) -> tuple[str, ...]:
     "`names` in the presets gpu and paper; none in the others, where what belongs to the pictures stands for them."
@@ -86,29 +91,34 @@ def image_zero_fraction(saes: Mapping, source, n: int = 512, batch_size: int = 6
             for name, sae in saes.items(): distinct[name] += per_image(sae.encode(x)).l0().sum().item()
     return pd.Series({name: 1 - d/len(indices)/saes[name].d_sae for name, d in distinct.items()})
 
-# %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #583982b4
+# %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #cc581ada
 def panels(means: Mapping[str, Comparison], single: Mapping[str, Comparison], names: Iterable[str]) -> dict[str, pd.DataFrame]:
     "{title: accuracies, a row per architecture} of the published mean, our means, and our data sets `names`."
     named = lambda t: t.set_axis(t.columns.get_level_values("metric"), axis=1)
     found = {"published, mean": next(iter(means.values())).theirs} | {f"ours, mean\n{c}": t.ours for c, t in means.items()}
-    found |= {f"{d}\n{c}": t.ours.loc[:, [k for k in t.ours if k[0] == d]] for c, t in single.items() for d in names}
+    found |= {f"{d}\n{c}": t.ours.loc[:, [k for k in t.ours if k[0] == d]] for d in names for c, t in single.items()}
     return {title: named(t) for title, t in found.items()}
 
-def plot_zero_shot(means: Mapping[str, Comparison], single: Mapping[str, Comparison], names: Iterable[str], per_row: int = 5) -> Figure:
-    "Accuracy by the number of concepts, a line per architecture, a panel for each mean of `compare_zero_shot` and for our data sets `names` of those `single`; dotted: CLIP without an autoencoder."
-    found, steps = panels(means, single, names), ["on_1", "on_5", "on_10", "on_50", "on_all"]
-    rows, high = list(next(iter(found.values())).index), -(-len(found)//per_row)
-    fig = Figure(figsize=(1.9*per_row, 1.75*high + .5), layout="constrained")
-    axes = fig.subplots(high, per_row, sharex=True, sharey=True, squeeze=False).flatten()
-    looks = {r: dict(color=c, marker=m, ms=3.5, lw=1.2) for r, c, m in zip(rows, sns.color_palette("colorblind"), "osD^vPX<>h")}
-    for ax, (title, t) in zip(axes, found.items()):
-        for r in t.index[t[steps].notna().any(axis=1)]: ax.plot(range(5), t.loc[r, steps], label=r, **looks[r])
-        ax.axhline(t["no_sae"].mean(), color=".4", ls=":", lw=1)
-        ax.set_title(title, fontsize=8); ax.set_xticks(range(5), ["1", "5", "10", "50", "all"]); ax.tick_params(labelsize=7); ax.grid(alpha=.3)
-    for ax in axes[len(found):]: ax.set_visible(False)
+def draw_lines(ax: Axes, title: str, t: pd.DataFrame, look: Mapping[str, dict]) -> None:
+    "One panel: accuracies `t`, a row per architecture, that `look` has."
+    steps = ["on_1", "on_5", "on_10", "on_50", "on_all"]
+    for r in t.index[t[steps].notna().any(axis=1)]: ax.plot(range(5), t.loc[r, steps], label=r, ms=4, lw=1.3, mec="white", mew=.4, **look[r])
+    ax.axhline(t["no_sae"].mean(), color=".4", ls=":", lw=1)
+    ax.set_title(title, fontsize=8); ax.set_xticks(range(5), ["1", "5", "10", "50", "all"]); ax.tick_params(labelsize=7, labelbottom=True)
+
+def plot_zero_shot(means: Mapping[str, Comparison], single: Mapping[str, Comparison], names: Iterable[str]) -> Figure:
+    "Accuracy by the number of concepts, a line per architecture: the means of `compare_zero_shot`, then our data sets `names`, each at both thresholds; dotted: CLIP without an autoencoder."
+    found = panels(means, single, names)
+    look, high = looks(next(iter(found.values())).index), 1 - (3 - len(found))//4
+    style()
+    fig, axes = plt.subplots(high, 4, sharey=True, squeeze=False, figsize=(8, 1.75*high + .3), layout="constrained")
+    plt.close(fig)
+    legend, places = axes[0, 3], [*axes[0, :3], *axes[1:].flatten()]   # the means have the first row
+    for ax, (title, t) in zip(places, found.items()): draw_lines(ax, title, t, look)
+    for ax in (legend, *places[len(found):]): ax.set_axis_off()
+    handles, labels = places[2].get_legend_handles_labels()
+    legend.legend(handles, labels, loc="center", fontsize=8)
     fig.supxlabel("concepts of the class", fontsize=8); fig.supylabel("accuracy, %", fontsize=8)
-    handles = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.legend([handles[r] for r in rows if r in handles], [r for r in rows if r in handles], loc="outside upper center", ncols=7, fontsize=8)
     return fig
 
 # %% ../../nbs/reproduce/25_zero_shot_tables.ipynb #ae3833e6
