@@ -151,6 +151,18 @@ def test_smoke_does_not_publish_and_gpus_are_counted(tmp_path, monkeypatch):
     assert [items(p)[0].gpus for p in ("smoke", "laptop", "gpu", "paper")] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("said, runs", [("", 1), ("RuntimeError: Kernel didn't respond in 60 seconds", 3), ("RuntimeError: Kernel died before replying to kernel_info", 3), ("ValueError", 1)])
+def test_a_kernel_that_does_not_come_up_is_started_again(said, runs, tmp_path, monkeypatch):
+    "With a stand-in for papermill that counts its runs, says something and, if it is not nothing, fails."
+    house = build(tmp_path, monkeypatch)
+    write(house/"papermill.py", f"import sys; open('runs.txt', 'a').write('x'); print({said!r}); sys.exit({bool(said)})")
+    monkeypatch.chdir(house); item = items()[0]
+    Path(item.stamp).parent.mkdir(parents=True); old = Path(item.stamp.replace("-", "-0")); old.touch()
+    done = subprocess.run(["bash", "-c", "set -euo pipefail; " + item.command], capture_output=True, text=True)
+    assert (house/"runs.txt").read_text() == "x"*runs and not old.exists() and Path(item.printed).read_text().strip() == said
+    assert Path(item.stamp).exists() == (done.returncode == 0) == (not said) and (f"open {item.executed}" in done.stderr) == bool(said)
+
+
 @pytest.mark.parametrize("lines, message", [(["-p preset"], "what the workflow understands"), (["-y 1 2"], "what the workflow understands"), (["", ""], "same item")])
 def test_command_lines_that_are_wrong(lines, message, tmp_path, monkeypatch):
     house = build(tmp_path, monkeypatch)

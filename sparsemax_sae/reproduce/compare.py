@@ -80,7 +80,7 @@ def best_rows(table: pd.DataFrame, directions: Iterable[str]) -> dict[tuple, lis
     good = goodness(table.drop(index=[r for r in TRIVIAL if r in table.index]), directions)
     return {c: good.index[(good[c] == good[c].max())].tolist() for c in good.columns}
 
-# %% ../../nbs/reproduce/20_compare.ipynb #994ac97a
+# %% ../../nbs/reproduce/20_compare.ipynb #af1ed831
 def number(v: float, spread: float = np.nan) -> str:
     "Three significant digits, a dash for nothing, ± the spread if there is one."
     if v != v: return "–"
@@ -91,26 +91,39 @@ def marks(at: Iterable[int]) -> str:
     return "".join(f"<sup>{chr(97 + i)}</sup>" for i in at)
 
 @patch
-def cells(self: Comparison, row: str, column: tuple, best: tuple[dict, dict], odd: dict) -> str:
-    "The three table cells of `row` and `column`."
-    bold = lambda text, side: f"<b>{text}</b>" if row in best[side].get(column, ()) and text != "–" else text
-    theirs, ours = number(self.theirs.loc[row, column]), number(self.ours.loc[row, column], self.spread.loc[row, column])
-    return f"<td>{bold(theirs, 0)}{marks(odd.get((row, column), ()))}</td><td>{bold(ours, 1)}</td><td style='border-right:1px solid #8886'>{number(self.delta.loc[row, column])}</td>"
+def sides(self: Comparison, column: tuple) -> list[str]:
+    "What there is to show of `column`: both sides and their difference, or the one side that has numbers."
+    theirs, ours = (t[column].notna().any() for t in (self.theirs, self.ours))
+    return ["published", "ours", "Δ"] if theirs and ours else ["ours"] if ours else ["published"]
 
-# %% ../../nbs/reproduce/20_compare.ipynb #74fe3f33
+@patch
+def cells(self: Comparison, row: str, column: tuple, best: dict[str, dict], odd: dict) -> str:
+    "The table cells of `row` and `column`: those of its `sides`."
+    at = row, column
+    texts = dict(published=number(self.theirs.loc[at]), ours=number(self.ours.loc[at], self.spread.loc[at]), Δ=number(self.delta.loc[at]))
+    bold = lambda side: f"<b>{texts[side]}</b>" if row in best.get(side, {}).get(column, ()) and texts[side] != "–" else texts[side]
+    return "".join(f"<td>{bold(side)}{marks(odd.get(at, ())) if side == 'published' else ''}</td>" for side in self.sides(column))
+
+# %% ../../nbs/reproduce/20_compare.ipynb #0a511cea
 def label(parts: tuple, names: Iterable[str]) -> str:
     "What a column says: its conditions, widths as multiples, and the number."
     return " ".join(f"{p}×" if n == "width" else f"{p}" for n, p in zip(names, parts))
 
 @patch
+def best(self: Comparison) -> dict[str, dict]:
+    "{side: {column: its best rows}}, but for numbers that are a reference and no contest."
+    contest = [c for c in self.ours.columns if not self.item.values[c[-1]].get("reference")]
+    return {side: best_rows(t[contest], map(self.direction, contest)) for side, t in dict(published=self.theirs, ours=self.ours).items()}
+
+@patch
 def block(self: Comparison, title: str, columns: list[tuple], odd: dict) -> str:
     "An HTML table of `columns` under `title`."
-    best = tuple(best_rows(t, map(self.direction, t.columns)) for t in (self.theirs, self.ours))
-    names, skip = self.ours.columns.names, int(bool(title))
-    heads = "".join(f"<th colspan=3 style='text-align:center'>{html.escape(label(c[skip:], names[skip:]))} {DIRECTIONS[self.direction(c)]}</th>" for c in columns)
+    best, names, skip, start = self.best(), self.ours.columns.names, int(bool(title)), "border-left:1px solid #8886"
+    heads = "".join(f"<th colspan={len(self.sides(c))} style='text-align:center;{start}'>{html.escape(label(c[skip:], names[skip:]))} {DIRECTIONS[self.direction(c)]}</th>" for c in columns)
     rows = "".join(f"<tr><th style='text-align:left'>{html.escape(r)}</th>{''.join(self.cells(r, c, best, odd) for c in columns)}</tr>" for r in self.ours.index)
-    sides = "<th>published</th><th>ours</th><th>Δ</th>"*len(columns)
-    return f"<table style='font-size:85%'><caption style='text-align:left'><b>{html.escape(title)}</b></caption><tr><th></th>{heads}</tr><tr><th></th>{sides}</tr>{rows}</table>"
+    sides = "".join(f"<th>{side}</th>" for c in columns for side in self.sides(c))
+    return (f"<div style='overflow-x:auto'><table style='font-size:85%'><caption style='text-align:left'><b>{html.escape(title)}</b></caption>"
+            f"<tr><th></th>{heads}</tr><tr><th></th>{sides}</tr>{rows}</table></div>")
 
 # %% ../../nbs/reproduce/20_compare.ipynb #5eee74be
 def in_blocks(columns: pd.MultiIndex, most: int = 6) -> list[tuple[str, list[tuple]]]:

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Published', 'row_names', 'available', 'published', 'wide', 'odd_cells']
 
-# %% ../../nbs/reproduce/10_published.ipynb #6a40607a
+# %% ../../nbs/reproduce/10_published.ipynb #ade85599
+import re
 from dataclasses import dataclass
 import pandas as pd
 from ..basics.errors import did_you_mean
 from .paths import data_dir
 from ..training.checkpoint import read_json
 
-# %% ../../nbs/reproduce/10_published.ipynb #9e6b29b1
+# %% ../../nbs/reproduce/10_published.ipynb #0d311709
 @dataclass(frozen=True)
 class Published:
     """A table of a paper. `table`: as printed, a row per architecture and condition, with the column `row`. `rows`, `columns`: what tells rows and columns apart.
 
-    `values`: {number: dict(metric=our name, factor=ours to theirs, direction=…)}. `oddities`: [dict(text, cells)], where `cells` is a condition on `table`."""
+    `values`: {number: dict(metric=our name, factor=ours to theirs, direction=…, reference=True for one that is no contest)}. `oddities`: [dict(text, cells)], where `cells` is a condition on `table`."""
     name: str
     title: str
     source: str
@@ -65,14 +66,14 @@ def wide(table: pd.DataFrame, columns: tuple[str, ...], values: list[str]) -> pd
     t.columns = t.columns if isinstance(t.columns, pd.MultiIndex) else pd.MultiIndex.from_arrays([t.columns], names=["metric"])
     return t.reindex(index=order["row"], columns=sorted(t.columns, key=lambda c: [order[k].index(v) for k, v in zip([*columns, "metric"], c)]))
 
-# %% ../../nbs/reproduce/10_published.ipynb #9107d485
+# %% ../../nbs/reproduce/10_published.ipynb #c81dba6b
 def odd_cells(item: Published) -> dict[tuple, list[int]]:
     "{(row, column of the wide form): the numbers (0 …) of the oddities that speak of it}. ValueError: an oddity that speaks of none."
     cells = {}
     for i, odd in enumerate(item.oddities):
         found = item.table.query(odd["cells"], engine="python")
         if found.empty: raise ValueError(f"{item.name}: the oddity {odd['text']!r} speaks of no cell: {odd['cells']!r}.")
-        named = [v for v in item.values if v in odd["cells"]] or list(item.values)
+        named = [v for v in item.values if re.search(rf"\b{v}\b", odd["cells"])] or list(item.values)
         for _, r in found.iterrows():
             for v in named: cells.setdefault((r["row"], (*(r[c] for c in item.columns), v)), []).append(i)
     return cells

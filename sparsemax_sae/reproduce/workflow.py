@@ -162,7 +162,7 @@ class Item:
     @property
     def stamps(self) -> list[Path]: return sorted(folder(self.preset).glob(f"{self.name}-*.json"))
 
-# %% ../../nbs/reproduce/50_workflow.ipynb #3a4a2f2c
+# %% ../../nbs/reproduce/50_workflow.ipynb #8891dff5
 def papermill_call(item: Item) -> str:
     "The papermill command of `item`."
     given = [word for name, value in item.parameters.items() for word in ("-p", name, value)]
@@ -172,8 +172,12 @@ def command(item: Item) -> str:
     "What Snakemake runs for `item`."
     old, log, failed = shlex.quote(item.stamp.rpartition("-")[0]), shlex.quote(item.printed), shlex.quote(f"{item.name} failed: open {item.executed}")
     stamp = json.dumps(dict(item=item.name, preset=item.preset, parameters=item.parameters, digests=item.digests))[:-1]
-    return "\n".join([f"rm -f {old}-*.json", f"{papermill_call(item)} > {log} 2>&1 || {{ echo {failed} >&2; exit 1; }}",
-                      f"""printf '%s, "seconds": %d, "finished": "%s"}}\\n' {shlex.quote(stamp)} $SECONDS $(date -u +%FT%TZ) > {shlex.quote(item.stamp)}"""])
+    return f"""rm -f {old}-*.json
+for try in 1 2 3; do
+    {papermill_call(item)} > {log} 2>&1 && break
+    grep -qE "Kernel (didn't respond|died before replying)" {log} && [ $try -lt 3 ] || {{ echo {failed} >&2; exit 1; }}
+done
+printf '%s, "seconds": %d, "finished": "%s"}}\\n' {shlex.quote(stamp)} $SECONDS $(date -u +%FT%TZ) > {shlex.quote(item.stamp)}"""
 
 Item.command = property(command)
 
