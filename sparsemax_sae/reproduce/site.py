@@ -7,8 +7,8 @@ __all__ = ['REWRITES', 'ALPHABETS', 'SCRIPTED', 'LIMITS', 'GAPS', 'STRAY', 'NEGA
            'letter', 'base', 'is_function', 'opens', 'function_gaps', 'space', 'regroup', 'respell', 'polish',
            'to_mathml', 'formula', 'visit_formula', 'setup', 'visible', 'tidy_outputs', 'tidy', 'cross_link', 'targets',
            'fetch', 'rebase', 'stage_notebook', 'chapters', 'toctree', 'settings', 'stage_all', 'run_sphinx', 'Page',
-           'css_loads', 'PageReader', 'read_page', 'elsewhere', 'missing', 'Report', 'check', 'replace', 'build',
-           'main']
+           'css_loads', 'PageReader', 'read_page', 'elsewhere', 'missing', 'Report', 'check', 'check_free', 'replace',
+           'build', 'main']
 
 # %% ../../nbs/reproduce/95_site.ipynb #42eb85ac
 import io, os, re, shutil, sys, tempfile, time, unicodedata
@@ -375,20 +375,23 @@ def check(out: Path) -> Report:
     report.external = sorted({t for page in pages.values() for t in page.links if elsewhere(t)})
     return report
 
-# %% ../../nbs/reproduce/95_site.ipynb #bb867d7e
+# %% ../../nbs/reproduce/95_site.ipynb #1005f7ce
+def check_free(out: Path) -> None:
+    "ValueError if the folder `out` has something in it and is not a site."
+    if out.exists() and any(out.iterdir()) and not (out/"searchindex.js").is_file(): raise ValueError(f"{out} holds something that is not a built site; give an empty or a new folder.")
+
 def replace(new: Path, old: Path) -> None:
-    "Move the folder `new` to `old`. ValueError: `old` has something in it and is not a site."
-    if old.exists() and any(old.iterdir()):
-        if not (old/"searchindex.js").is_file(): raise ValueError(f"{old} holds something that is not a built site; give an empty or a new folder.")
-        shutil.rmtree(old)
+    "Move the folder `new` to `old`, which may be a site. Errors of `check_free`."
+    check_free(old)
+    if old.exists(): shutil.rmtree(old)
     old.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists(): old.rmdir()
     shutil.move(new, old)
 
-# %% ../../nbs/reproduce/95_site.ipynb #b4f1f13e
+# %% ../../nbs/reproduce/95_site.ipynb #3e51de37
 def build(out: str | Path | None = None, jobs: int = 2) -> Report:
     "Build the site of all notebooks under the root in `out` (`_docs` there), and check it."
     started, out = time.time(), Path(out or root()/"_docs").resolve()
+    check_free(out)
     with tempfile.TemporaryDirectory() as d:
         stage, new = Path(d).resolve()/"stage", Path(d).resolve()/"html"
         stage.mkdir()
