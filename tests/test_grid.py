@@ -128,3 +128,15 @@ def test_the_record_keeps_claims_and_headline(tmp_path, monkeypatch):
     publish("x", "laptop", pd.DataFrame(dict(v=[1.])), None, {}, claims=said, headline="in a line")
     record = read_json(tmp_path/"data"/"results"/"x"/"laptop.json")
     assert record["headline"] == "in a line" and record["claims"] == [dict(claim="a", ours="holds (1/1)")]
+
+
+def test_a_metric_defined_in_a_notebook_is_measured_and_told_from_another(monkeypatch):
+    "A notebook has no file: the digest is that of the compiled methods. Its class may have taken the place of the library's, as under nbdev_test."
+    class Own(reconstruction.METRICS["reconstruction"]):
+        def compute(self): return super().compute()
+    Own.__module__ = "nowhere"
+    library = module.code_of(["nmse"])
+    monkeypatch.setitem(reconstruction.METRICS, "reconstruction", Own)
+    own = module.code_of(["nmse"])
+    Own.compute = lambda self: {}
+    assert len({str(d) for d in (library, own, module.code_of(["nmse"]))}) == 3

@@ -6,11 +6,12 @@
 __all__ = ['KEEP', 'Grid', 'Cell', 'GridBar', 'Fits', 'attempt', 'fit', 'code_of', 'evaluated', 'as_applicable', 'baselines',
            'evaluate', 'averages']
 
-# %% ../../nbs/reproduce/30_grid.ipynb #177035c0
-import inspect, math, sys, warnings
+# %% ../../nbs/reproduce/30_grid.ipynb #b9a19149
+import math, sys, warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from tqdm.auto import tqdm
@@ -159,10 +160,12 @@ def fit(grid: Grid, progress: bool = True) -> Fits:
         todo = [c for c in todo if not attempt(c, failed, bar, wait)]
     return Fits(grid, sources, cells, failed)
 
-# %% ../../nbs/reproduce/30_grid.ipynb #ffe55f3f
+# %% ../../nbs/reproduce/30_grid.ipynb #a0c234ff
 def code_of(metrics: Iterable[str] | None) -> dict[str, str]:
-    "{metric: digest of the module that defines it}."
-    return {cls.name: digest(inspect.getsource(sys.modules[cls.__module__])) for cls in select_metrics(metrics)}
+    "{metric: digest of the module that defines it}; of its compiled methods, if it was defined in a notebook."
+    file = lambda cls: getattr(sys.modules.get(cls.__module__), "__file__", None)
+    methods = lambda cls: [f.__code__.co_code.hex() for f in vars(cls).values() if hasattr(f, "__code__")]
+    return {cls.name: digest(Path(file(cls)).read_text() if file(cls) else methods(cls)) for cls in select_metrics(metrics)}
 
 def evaluated(run: Run, source: Source, metrics: Iterable[str], n: int, n_sequences: int) -> dict[str, float]:
     "`metrics` of `run` on `source`, kept in the folder of the run. Errors of `metrics.evaluate.evaluate`."
