@@ -62,6 +62,13 @@ def test_a_notebook_was_executed_without_errors(path):
     assert kernel.name == "python3" and kernel.language == "python"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_notebook_keeps_no_widgets(path):
+    "A widget lives in a kernel; what a file keeps of it is thousands of lines that show nothing."
+    assert "widgets" not in nbformat.read(path, 4).metadata
+    assert not [o for c in code(path) for o in c.outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_a_library_notebook_is_prose_code_example_in_turn(path):
     kinds = ["md" if c.cell_type == "markdown" else "export" if re.match(r"#\|\s*export", c.source) else "code" for c in cells[path]]

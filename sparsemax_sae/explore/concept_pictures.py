@@ -33,11 +33,12 @@ from ..metrics.adaptivity import calibration, spearman
 from ..metrics.reconstruction import evaluating
 from ..ops.codes import Codes
 
-# %% ../../nbs/explore/15_concept_pictures.ipynb #6c61e36e
+# %% ../../nbs/explore/15_concept_pictures.ipynb #43eeb5bf
 def canvas(height: float, width: float = WIDTH) -> Figure:
     "An empty figure of this size in this library's style; its first axes cover it, in inches from the upper left corner."
     style()
-    fig = plt.figure(figsize=(width, height), layout="none")
+    fig = plt.figure(figsize=(width, height))
+    fig.set_layout_engine("none")              # layout="none" would not do: saving such a figure brings the style's engine back
     plt.close(fig)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()

@@ -244,8 +244,8 @@ def facts_of(sae, source: Source, split: str) -> dict:
     weights = digest(*(t for _, t in sorted(sae.state_dict().items()))) if hasattr(sae, "state_dict") else None
     return dict(arch=getattr(sae, "config", {}).get("arch", type(sae).__name__), sae=weights, source=source.name, data=source.fingerprint(), split=split, classes=classes)
 
-# %% ../../nbs/explore/10_concepts.ipynb #46dfe4fb
-def collect(sae, source: Source, n: int = 2048, k: int = 9, split: str = "test", kinds: Iterable[str] | None = None, batch_size: int = 64, progress: bool | None = None) -> Concepts:
+# %% ../../nbs/explore/10_concepts.ipynb #05893399
+def collect(sae, source: Source, n: int = 2048, k: int = 9, split: str = "test", kinds: Iterable[str] | None = None, batch_size: int = 64, progress: bool = True) -> Concepts:
     """The `k` strongest items and tokens of every concept of `sae`, and its statistics, on up to `n` items of `source`: images, sequences of text, or single activations.
 
     `kinds`: which of `KINDS`, by default all that the source allows. `split`: of the pictures. Memory: O(d_sae·(k + classes)) beside one batch; the result does not
@@ -253,7 +253,7 @@ def collect(sae, source: Source, n: int = 2048, k: int = 9, split: str = "test",
     positive(n=n, k=k, batch_size=batch_size)
     facts, skipped = facts_of(sae, source, split), getattr(source, "skip_first", 0)
     c = Collector(sae.d_sae, k, kinds_of(source, kinds), len(facts["classes"]))
-    batches = tqdm(passes(source, n, split, batch_size), total=-(-n//batch_size), desc="concepts", unit="batch", leave=False, delay=3, disable=progress is False)
+    batches = tqdm(passes(source, n, split, batch_size), total=-(-n//batch_size), desc="concepts", unit="batch", leave=False, delay=3, disable=not progress)
     with evaluating(sae):
         for items, labels, x in batches: c.update(sae.encode(x), items, labels, skipped)
     found = c.concepts(k=k, **facts)

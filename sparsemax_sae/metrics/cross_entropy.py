@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['splice', 'check_causal_lm', 'loss_sums', 'cross_entropies', 'CrossEntropy']
 
-# %% ../../nbs/metrics/10_cross_entropy.ipynb #a18d944a
+# %% ../../nbs/metrics/10_cross_entropy.ipynb #ff5c642f
 from collections.abc import Callable
 import torch
 from torch import Tensor
 from .reconstruction import Metric, NotApplicable, evaluating, ratio, register_metric
-from tqdm.auto import tqdm
 
 # %% ../../nbs/metrics/10_cross_entropy.ipynb #c4840ee0
 def splice(sae) -> Callable[[Tensor], Tensor]:
@@ -32,7 +31,7 @@ def loss_sums(sae, source, tokens: Tensor) -> Tensor:
     zero = source.token_losses(tokens, edit=torch.zeros_like).double()
     return torch.stack([torch.ones_like(original), original, original - spliced, original - zero]).flatten(1).sum(1).cpu()
 
-# %% ../../nbs/metrics/10_cross_entropy.ipynb #7c2e1b9f
+# %% ../../nbs/metrics/10_cross_entropy.ipynb #2544bd58
 def cross_entropies(sae, source, n_sequences: int = 64, batch_size: int = 16) -> dict[str, float]:
     """Cross-entropy of the model of `source` alone and with `sae` spliced in, on `n_sequences` held-out sequences, in nats per token.
 
@@ -43,9 +42,7 @@ def cross_entropies(sae, source, n_sequences: int = 64, batch_size: int = 16) ->
     check_causal_lm(source)
     sums = torch.zeros(4, dtype=torch.float64)
     with evaluating(sae):
-        batches = source.heldout_tokens(n_sequences, batch_size)
-        for tokens in tqdm(batches, total=-(-n_sequences // batch_size), desc="cross-entropy", unit="batch", leave=False, delay=3):
-            sums += loss_sums(sae, source, tokens)
+        for tokens in source.heldout_tokens(n_sequences, batch_size): sums += loss_sums(sae, source, tokens)
     if not sums[0]: raise NotApplicable(f"{source.name!r} has no held-out sequences; ask for at least one (n_sequences={n_sequences}).")
     original, degradation, gap = (sums[1:] / sums[0]).tolist()
     return dict(ce_original=original, ce_spliced=original - degradation, ce_zero=original - gap, ce_degradation=degradation,

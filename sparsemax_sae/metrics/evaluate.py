@@ -106,30 +106,31 @@ def check_measured(results: Mapping[str, Evaluation], wanted: Iterable[type[Metr
         reasons = [r.omitted.get(cls.name) for r in results.values()]
         if reasons and all(reasons): raise NotApplicable(reasons[0])
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #da512298
-def progress_bar(batches: Iterable, total: int, progress: bool | None = None) -> Iterable:
-    "`batches` behind a bar that appears after three seconds; `progress` True, False, or None for terminals only."
-    return tqdm(batches, total=total, desc="evaluate", unit="batch", leave=False, delay=3, disable=progress is False)
+# %% ../../nbs/metrics/60_evaluate.ipynb #e3691c0f
+def progress_bar(things: Iterable, total: int, unit: str, progress: bool = True) -> Iterable:
+    "`things`, counted in `unit`, behind a bar that appears after three seconds, unless `progress` is False."
+    return tqdm(things, total=total, desc="evaluate", unit=unit, leave=False, delay=3, disable=not progress)
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #3a06ba3b
+# %% ../../nbs/metrics/60_evaluate.ipynb #8380c43d
 def evaluate_all(saes: Mapping, source, n: int = 1 << 16, n_sequences: int = 64, metrics: str | Iterable[str] | None = None, batch_size: int = 4096,
-                 progress: bool | None = None) -> dict[str, Evaluation]:
+                 progress: bool = True) -> dict[str, Evaluation]:
     "`evaluate` for each of `saes` (by name), on one common pass over the held-out activations."
     positive(n=n, n_sequences=n_sequences, batch_size=batch_size)
     wanted, results = select_metrics(metrics), {name: Evaluation() for name in saes}
-    numbers = {name: {cls: measure(cls(), sae, source, n_sequences, results[name]) for cls in wanted if cls.needs == "model"} for name, sae in saes.items()}
+    own = [(name, cls) for name in saes for cls in wanted if cls.needs == "model"]
+    numbers = {(name, cls): measure(cls(), saes[name], source, n_sequences, results[name]) for name, cls in progress_bar(own, len(own), "metric", progress)}
     if metrics is not None: check_measured(results, wanted)
     watching = {name: [cls() for cls in wanted if cls.needs == "activations"] for name in saes}
-    batches = progress_bar(source.heldout(n, batch_size), math.ceil(n / batch_size), progress)
+    batches = progress_bar(source.heldout(n, batch_size), math.ceil(n / batch_size), "batch", progress)
     seen = watch(saes, batches, watching) if any(watching.values()) else 0
     for name, r in results.items():
-        r.n, got = seen, numbers[name] | {type(m): m.compute() for m in watching[name]}
-        r.update({k: float(v) for cls, keys in wanted.items() for k, v in got[cls].items() if keys is None or k in keys})
+        r.n, got = seen, numbers | {(name, type(m)): m.compute() for m in watching[name]}
+        r.update({k: float(v) for cls, keys in wanted.items() for k, v in got[name, cls].items() if keys is None or k in keys})
     return results
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #d64ac6d7
+# %% ../../nbs/metrics/60_evaluate.ipynb #20370444
 def evaluate(sae, source, n: int = 1 << 16, n_sequences: int = 64, metrics: str | Iterable[str] | None = None, batch_size: int = 4096,
-             progress: bool | None = None) -> Evaluation:
+             progress: bool = True) -> Evaluation:
     """All metrics, or those named in `metrics`, for `sae` on held-out data of `source`: a dict of numbers, with `omitted` and `n` as attributes.
 
     `n` activations for the metrics that watch a stream, `n_sequences` token sequences for those that run the model; fewer where the data end. In eval mode and without
@@ -138,9 +139,9 @@ def evaluate(sae, source, n: int = 1 << 16, n_sequences: int = 64, metrics: str 
     """
     return evaluate_all({"sae": sae}, source, n, n_sequences, metrics, batch_size, progress)["sae"]
 
-# %% ../../nbs/metrics/60_evaluate.ipynb #98aa660b
+# %% ../../nbs/metrics/60_evaluate.ipynb #6fb5f699
 def metrics_table(sae, source, n: int = 1 << 16, n_sequences: int = 64, metrics: str | Iterable[str] | None = None, batch_size: int = 4096,
-                  mean: MeanPredictor | Tensor | None = None, progress: bool | None = None) -> pd.DataFrame:
+                  mean: MeanPredictor | Tensor | None = None, progress: bool = True) -> pd.DataFrame:
     """`evaluate` as a table with the rows sae, mean and zero; `sae` may be a dict of several SAEs by name.
 
     `mean` is the mean predictor or its mean (d_in,); by default it is fitted to `n` activations of the training stream.
