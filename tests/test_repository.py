@@ -76,6 +76,17 @@ def test_a_library_notebook_is_prose_code_example_in_turn(path):
     assert kinds.count("code") >= kinds.count("export") / 3, "more examples are needed"
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if f"papermill nbs/{name(p)}" in cells[p][0].source], ids=name)
+def test_what_papermill_is_told_to_run_takes_parameters(path):
+    "Without a cell tagged `parameters`, papermill's -p has no effect."
+    assert parameterised(path)
+
+
+def test_the_notebooks_of_the_paper_say_how_to_run_them():
+    papers = [p for p in NOTEBOOKS if name(p).startswith("paper/")]
+    assert papers and not [name(p) for p in papers if f"papermill nbs/{name(p)}" not in cells[p][0].source]
+
+
 @pytest.mark.parametrize("path", PARAMETERISED, ids=name)
 def test_a_parameterised_notebook_is_thin(path):
     "At most 16 cells and 40 lines of code beside the parameters; no def, class or loop: those belong in the library."

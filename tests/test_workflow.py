@@ -176,5 +176,12 @@ def test_no_notebook(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="broken.ipynb cannot be read as a notebook"): items()
 
 
+def test_a_notebook_that_takes_no_parameters(tmp_path, monkeypatch):
+    house = build(tmp_path, monkeypatch)
+    path = house/"nbs"/"paper"/"two.ipynb"
+    path.write_text(path.read_text().replace('"parameters"', '"other"'))
+    with pytest.raises(ValueError, match="two.ipynb has no cell with the tag `parameters`"): items()
+
+
 def test_the_module_needs_no_snakemake():
     assert not {n for n in imported(tree_of(Path(workflow.__file__).read_text())) if n.startswith("snakemake")}

@@ -147,7 +147,7 @@ def table(self: Comparison) -> pd.DataFrame:
     long = [t.rename_axis("row").melt(ignore_index=False, value_name=k).set_index(names, append=True) for k, t in parts.items()]
     return pd.concat(long, axis=1).dropna(subset=["published", "ours"], how="all")
 
-# %% ../../nbs/reproduce/20_compare.ipynb #95dbc3dc
+# %% ../../nbs/reproduce/20_compare.ipynb #a2f6310e
 def stretched(c: Comparison) -> set[str]:
     "The numbers whose values differ by more than a factor of thirty and are all positive: those to draw on a logarithmic axis."
     both = pd.concat([c.theirs, c.ours])
@@ -166,9 +166,10 @@ def draw_panel(ax, c: Comparison, column: tuple, rows: list[str], log: bool, tit
 
 @patch
 def plot(self: Comparison, columns: list[tuple] | None = None, per_row: int = 4) -> Figure:
-    "A panel for each of `columns` (by default all), `per_row` beside each other: published as rings, ours as dots."
+    "A panel for each of `columns` (by default all), at most `per_row` beside each other: published as rings, ours as dots."
     columns, rows, names = list(columns or self.ours.columns), list(self.ours.index)[::-1], self.ours.columns.names
-    across, down, log = min(per_row, len(columns)), -(-len(columns)//per_row), stretched(self)
+    down = -(-len(columns)//per_row)
+    across, log = -(-len(columns)//down), stretched(self)
     one = len({c[-1] for c in columns}) == 1 and len(names) > 1   # the number is said once, below
     style()
     fig, axes = plt.subplots(down, across, sharey=True, squeeze=False, figsize=(1.2 + 1.9*across, .6 + down*(.55 + .2*len(rows))), layout="constrained")

@@ -187,17 +187,18 @@ def data_digest() -> str:
     files = sorted(p for name in ("published", "backbones") for p in (root()/"data"/name).rglob("*") if p.is_file() and not p.name.startswith("."))
     return digest(*(part for p in files for part in (p.relative_to(root()).as_posix(), p.read_bytes())))
 
-# %% ../../nbs/reproduce/50_workflow.ipynb #00a69e77
+# %% ../../nbs/reproduce/50_workflow.ipynb #28ddfa3d
 def items_of(path: Path, preset: str, library: dict[str, tuple[str, set[str]]], data: str) -> list[Item]:
-    "The items of the notebook at `path` in `preset`, with `library` as `library()` describes it and data with the digest `data`."
+    "The items of the notebook at `path` in `preset`, with `library` as `library()` describes it and data with the digest `data`. ValueError: it takes no parameters."
     nb = read_notebook(path)
+    if not any("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]): raise ValueError(f"{path.name} has no cell with the tag `parameters`, so papermill could not change any. Tag the cell with its defaults.")
     asked, code = for_preset(commands(nb, path.name), preset), code_of(nb)
     used = digest(*(part for name in sorted(reach(code, library)) for part in (name, library[name][0])))
     asked = [a | dict(publish=str(preset != "smoke")) for a in asked]
     return [Item(name, path, preset, a, dict(notebook=digest(*code), library=used, parameters=digest(repr(sorted(a.items()))), data=data))
             for name, a in zip(names_of(path.stem, asked), asked)]
 
-# %% ../../nbs/reproduce/50_workflow.ipynb #20b42980
+# %% ../../nbs/reproduce/50_workflow.ipynb #07bccf3f
 def select(found: list[Item], which: Iterable[str]) -> list[Item]:
     "The items whose name, or whose notebook's, matches one of `which` (`*` for anything); ValueError, with a suggestion, for one that matches none."
     names = lambda item: (item.name, item.notebook.stem)
@@ -208,7 +209,7 @@ def select(found: list[Item], which: Iterable[str]) -> list[Item]:
     return [item for item in found if any(fnmatchcase(n, w) for w in which for n in names(item))]
 
 def items(preset: str = "laptop", which: Iterable[str] = ("*",)) -> list[Item]:
-    "The items of all notebooks in nbs/paper, or those that match `which`. ValueError: an unknown preset or item, a notebook that cannot be read."
+    "The items of all notebooks in nbs/paper, or those that match `which`. ValueError: an unknown preset or item, a notebook that cannot be read or takes no parameters."
     if preset not in PRESETS: raise ValueError(f"preset={preset!r}: accepted are {', '.join(PRESETS)}.{did_you_mean(preset, PRESETS)}")
     described, data = library(), data_digest()
     return select([item for path in sorted((root()/"nbs"/"paper").glob("*.ipynb")) for item in items_of(path, preset, described, data)], which)
