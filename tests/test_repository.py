@@ -99,6 +99,13 @@ def test_a_parameterised_notebook_is_thin(path):
 
 
 @pytest.mark.parametrize("path", PARAMETERISED, ids=name)
+def test_a_misspelt_parameter_is_refused(path):
+    "papermill only warns, so the first cell after the parameters compares what was injected with them."
+    first = next(c.source for c in code(path) if "parameters" not in c.metadata.get("tags", []))
+    assert re.search(r"^(check_injected\(In\)|\w+ = \w+_from_notebook\(globals\(\)\))", first, re.M)
+
+
+@pytest.mark.parametrize("path", PARAMETERISED, ids=name)
 def test_every_parameter_is_typed_and_explained(path):
     source = next(c.source for c in code(path) if "parameters" in c.metadata.get("tags", []))
     for line in filter(str.strip, source.splitlines()):

@@ -16,12 +16,12 @@ def did_you_mean(name, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
-# %% ../../nbs/basics/00_errors.ipynb #1ef64ee7
+# %% ../../nbs/basics/00_errors.ipynb #7f301bda
 def check_names(given: Iterable[str], accepted: Iterable[str], what: str):
     "TypeError naming the first of `given` that is not `accepted`, with the nearest one that is."
     accepted = list(accepted)
     for name in given:
-        if name not in accepted: raise TypeError(f"{what} {name!r}.{did_you_mean(name, accepted)} Accepted: {', '.join(accepted)}.")
+        if name not in accepted: raise TypeError(f"{what} {name!r}.{did_you_mean(name, accepted)} Accepted: {', '.join(accepted) or 'none'}.")
 
 # %% ../../nbs/basics/00_errors.ipynb #1de6b00c
 def positive(**numbers):

@@ -245,7 +245,7 @@ def settings(preset: str = "", shapes: list = (), d_in: int = 0, l0: int = 0, re
 # %% ../../nbs/benchmarks/20_tables.ipynb #5ddec333
 def settings_from_notebook(variables: dict) -> SimpleNamespace:
     "The settings of a notebook run: pass `globals()`. TypeError for injected parameters the notebook lacks."
-    check_injected([c for c in variables.get("In", []) if isinstance(c, str)])
+    check_injected(variables.get("In", []))
     return settings(**{k: variables[k] for k in inspect.signature(settings).parameters if k in variables})
 
 # %% ../../nbs/benchmarks/20_tables.ipynb #c06dfb69

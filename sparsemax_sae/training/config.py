@@ -130,16 +130,16 @@ def from_json(cls: RunConfig, text: str) -> RunConfig:
     check_names(d, [f.name for f in fields(RunConfig)], "RunConfig has no field")
     return RunConfig(**d).check()
 
-# %% ../../nbs/training/00_config.ipynb #7966bd14
+# %% ../../nbs/training/00_config.ipynb #19cd6ceb
 def assigned(cell: str) -> list[str]:
     "The names a cell of plain assignments defines."
     targets = [t for n in ast.parse(cell).body for t in (n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else [])]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
 def check_injected(cells: list[str]):
-    "TypeError if the cell papermill injected names a parameter that the cell before it does not define."
+    "TypeError if the cell papermill injected names a parameter that the cell before it does not define; `cells`: the source of the cells so far, in IPython `In`."
     at = [i for i, c in enumerate(cells) if c.startswith("# Parameters\n")]
-    if at: check_names(assigned(cells[at[0]]), assigned(next(c for c in reversed(cells[:at[0]]) if assigned(c))), "this notebook has no parameter")
+    if at: check_names(assigned(cells[at[0]]), next((names for c in reversed(cells[:at[0]]) if (names := assigned(c))), []), "this notebook has no parameter")
 
 # %% ../../nbs/training/00_config.ipynb #731e8704
 def parse_options(text: str | dict) -> dict:
@@ -155,10 +155,10 @@ def literal(text: str):
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../../nbs/training/00_config.ipynb #723af6e8
+# %% ../../nbs/training/00_config.ipynb #7d689b1a
 def config_from_notebook(variables: dict) -> RunConfig:
     "The configuration of a notebook run: pass `globals()`. `k` and `scale` join `options`, `pretrained` and `tokens` join `data_options`. TypeError for injected parameters the notebook lacks."
-    check_injected([c for c in variables.get("In", []) if isinstance(c, str)])
+    check_injected(variables.get("In", []))
     given = {f.name: variables[f.name] for f in fields(RunConfig) if f.name in variables}
     options = parse_options(given.pop("options", {})) | {k: variables[k] for k in ("k", "scale") if variables.get(k) is not None}
     data_options = parse_options(given.pop("data_options", {})) | {k: variables[k] for k in ("pretrained", "tokens") if variables.get(k) is not None}
