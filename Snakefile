@@ -18,6 +18,7 @@ for item in ITEMS:
         log: item.executed, item.printed
         params: command=lambda wildcards, item=item: item.command   # a default, because `item` is the last one by the time a job runs
         threads: 1
+        priority: item.runs   # the longest first
         resources: gpu=item.gpus
         shell: "export OMP_NUM_THREADS={threads}\n{params.command}"
 

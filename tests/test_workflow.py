@@ -145,6 +145,17 @@ def test_ways_to_import(code, tmp_path, monkeypatch):
     assert (items()[0].digests["library"] == before) == code.startswith("%")
 
 
+@needs_snakemake
+def test_what_took_most_runs_is_begun_first(tmp_path, monkeypatch):
+    "With a stand-in for papermill that notes what it is asked for."
+    house = build(tmp_path, monkeypatch)
+    write(house/"papermill.py", "import sys; from pathlib import Path; open('order.txt', 'a').write(Path(sys.argv[2]).stem + ' ')")
+    for name, preset, runs in (("two_other_x_", "gpu", 3), ("one", "laptop", 2)): write(house/"data"/"results"/name/f"{preset}.json", json.dumps(dict(rows=dict.fromkeys(map(str, range(runs)), {}))))
+    assert {i.name: i.runs for i in items()} == dict(one=2, two_docs=0, two_other_x_=3)
+    status, text = snakemake("-c1")
+    assert status == 0 and (house/"order.txt").read_text() == "two_other_x_ one two_docs ", text
+
+
 def test_smoke_does_not_publish_and_gpus_are_counted(tmp_path, monkeypatch):
     build(tmp_path, monkeypatch)
     assert {i.parameters["publish"] for i in items("smoke")} == {"False"} and {i.parameters["publish"] for p in ("laptop", "gpu", "paper") for i in items(p)} == {"True"}

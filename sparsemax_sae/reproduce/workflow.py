@@ -141,7 +141,7 @@ def shown(path: Path) -> str:
     "`path` as one would type it here: relative to the working directory, if it is below it."
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
-# %% ../../nbs/reproduce/50_workflow.ipynb #fb9e51a0
+# %% ../../nbs/reproduce/50_workflow.ipynb #7455abe0
 @dataclass
 class Item:
     "One papermill call of a paper notebook: its `name`, `notebook`, `preset`, `parameters` and the `digests` of what it depends on. Paths are as one types them in the working directory."
@@ -153,6 +153,8 @@ class Item:
 
     @property
     def gpus(self) -> int: return int(self.preset in ("gpu", "paper"))
+    @property
+    def runs(self) -> int: return max((len(read_json(p)["rows"]) for p in (root()/"data"/"results"/self.name).glob("*.json")), default=0)
     @property
     def executed(self) -> str: return shown(folder(self.preset)/f"{self.name}.ipynb")
     @property
